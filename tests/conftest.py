@@ -1,0 +1,26 @@
+"""Strict settings for every test: no silent promotion, two fake CPU devices, a persistent compilation cache."""
+
+import os
+from pathlib import Path
+
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import jax
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache")))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real scans and the real checkpoint; tests that need it are skipped where it is absent."""
+    if not (SHARED / "models" / "monai_unet_ms.pth").is_file():
+        pytest.skip(f"{SHARED} is absent: it holds the real scans and the real checkpoint")
+    return SHARED
