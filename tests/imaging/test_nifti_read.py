@@ -1,0 +1,275 @@
+"""Reading NIfTI: every dtype and scaling that is legal, one line for everything that is not."""
+
+import gzip
+import os
+import shutil
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from xaiseg.errors import InputError
+from xaiseg.imaging import nifti
+from xaiseg.imaging.grid import Grid
+
+AFFINE = np.array([[-1.0, 0, 0, 90], [0, 1.5, 0, -126], [0, 0, 2.5, -72], [0, 0, 0, 1]])
+SHAPE = (5, 6, 7)
+
+
+def raw_nifti(
+    dtype: str = "float32",
+    values: np.ndarray | None = None,
+    image: type = nib.Nifti1Image,
+    affine: np.ndarray = AFFINE,
+    **fields: object,
+) -> bytes:
+    """The bytes of a file, with header fields set after nibabel has filled them in."""
+    if values is None:
+        values = np.arange(np.prod(SHAPE)).reshape(SHAPE) % 97
+    made = image(values.astype(dtype), affine, dtype=np.dtype(dtype))
+    raw = made.to_bytes()
+    header = image.header_class(raw[: image.header_class.sizeof_hdr], check=False)
+    for field, value in fields.items():
+        header[field] = value
+    return header.binaryblock + raw[len(header.binaryblock) :]
+
+
+def save(path: Path, raw: bytes) -> Path:
+    path.write_bytes(gzip.compress(raw) if path.suffix == ".gz" else raw)
+    return path
+
+
+def refused(path: Path, *parts: str) -> None:
+    """`check_header` and `read` refuse the file, in one line that names it."""
+    for function in (nifti.check_header, nifti.read, nifti.read_labels):
+        with pytest.raises(InputError) as caught:
+            function(path)
+        message = str(caught.value)
+        assert str(path) in message
+        assert "\n" not in message
+        for part in parts:
+            assert part in message, message
+
+
+@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz", "A.NII.GZ"])
+@pytest.mark.parametrize("image", [nib.Nifti1Image, nib.Nifti2Image])
+@pytest.mark.parametrize("dtype", ["uint8", "int16", "int32", "int64", "float32", "float64"])
+@pytest.mark.parametrize("scaling", [(0, 0), (np.nan, np.nan), (1, 0), (0.25, -3)])
+def test_values_and_grid(tmp_path: Path, name: str, image: type, dtype: str, scaling: tuple[float, float]) -> None:
+    path = tmp_path / name
+    raw = raw_nifti(dtype, image=image, scl_slope=scaling[0], scl_inter=scaling[1])
+    path.write_bytes(gzip.compress(raw) if name.lower().endswith("gz") else raw)
+    slope, inter = scaling if scaling[0] > 0 else (1, 0)
+    volume, grid, header = nifti.read(path)
+    assert volume.dtype == np.float32
+    np.testing.assert_array_equal(volume, (np.arange(np.prod(SHAPE)).reshape(SHAPE) % 97) * slope + inter)
+    assert grid.shape == SHAPE
+    np.testing.assert_array_equal(grid.affine, AFFINE)
+    np.testing.assert_array_equal(nifti.check_header(path).affine, AFFINE)
+    assert isinstance(header, image.header_class)
+
+
+def test_against_nibabel_on_big_endian_oblique(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    turned = AFFINE.copy()
+    turned[:3, :3] = np.linalg.qr(rng.normal(size=(3, 3)))[0] @ AFFINE[:3, :3]
+    header = nib.Nifti1Header(endianness=">")
+    header.set_data_dtype(">i2")
+    made = nib.Nifti1Image(rng.normal(0, 400, SHAPE).astype(np.float32), turned, header)
+    nib.save(made, tmp_path / "a.nii.gz")  # nibabel picks a slope and an intercept to fit int16
+    oracle = nib.load(tmp_path / "a.nii.gz")
+    assert oracle.dataobj.slope not in (0, 1)
+    volume, grid, _ = nifti.read(tmp_path / "a.nii.gz")
+    np.testing.assert_array_equal(volume, oracle.get_fdata(dtype=np.float64).astype(np.float32))
+    np.testing.assert_array_equal(grid.affine, oracle.affine)
+
+
+def test_scaling_is_computed_in_float64(tmp_path: Path) -> None:
+    # In float32, 16777217 is 16777216 and the difference to the intercept is lost.
+    values = np.full(SHAPE, 16777217)
+    path = save(tmp_path / "a.nii", raw_nifti("int32", values, scl_slope=1, scl_inter=-16777216))
+    np.testing.assert_array_equal(nifti.read(path)[0], 1)
+
+
+def test_trailing_axes_of_one_are_dropped(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.nii", raw_nifti(values=np.arange(210).reshape(*SHAPE, 1, 1)))
+    assert nifti.check_header(path).shape == SHAPE
+    np.testing.assert_array_equal(nifti.read(path)[0], np.arange(210).reshape(SHAPE))
+    np.testing.assert_array_equal(nifti.read_labels(path), np.arange(210).reshape(SHAPE))
+
+
+def test_gzip_of_several_members_and_with_bytes_after_the_volume(tmp_path: Path) -> None:
+    raw = raw_nifti()
+    path = tmp_path / "a.nii.gz"
+    for content in (gzip.compress(raw[:500]) + gzip.compress(raw[500:]), gzip.compress(raw + b"more")):
+        path.write_bytes(content)
+        assert nifti.check_header(path).shape == SHAPE
+        assert nifti.read(path)[0].shape == SHAPE
+
+
+def test_check_header_does_not_decompress(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    raw = raw_nifti(values=rng.normal(size=(40, 40, 40)))
+    path = save(tmp_path / "a.nii.gz", raw)
+    damaged = bytearray(path.read_bytes())
+    damaged[100_000] ^= 255  # beyond what a header needs
+    path.write_bytes(damaged)
+    assert nifti.check_header(path).shape == (40, 40, 40)
+    with pytest.raises(InputError, match="cannot be read"):
+        nifti.read(path)
+
+
+@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz"])
+@pytest.mark.parametrize("keep", [0.01, 0.3, 0.6, 0.99])
+def test_truncated(tmp_path: Path, name: str, keep: float) -> None:
+    path = save(tmp_path / name, raw_nifti(values=np.random.default_rng(0).normal(size=SHAPE)))
+    path.write_bytes(path.read_bytes()[: int(keep * path.stat().st_size)])
+    refused(path)
+    if keep > 0.5:
+        refused(path, "truncated")
+
+
+def test_truncated_before_compression(tmp_path: Path) -> None:
+    refused(save(tmp_path / "a.nii.gz", raw_nifti()[:-1]), "truncated", "1191 bytes", "1192")
+
+
+def test_wrong_checksum(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.nii.gz", raw_nifti())
+    content = bytearray(path.read_bytes())
+    content[-8] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="CRC"):
+        nifti.read(path)
+
+
+def test_files_that_are_no_nifti(tmp_path: Path) -> None:
+    refused(tmp_path / "absent.nii.gz", "does not exist")
+    (tmp_path / "folder.nii.gz").mkdir()
+    refused(tmp_path / "folder.nii.gz", "folder")
+    (tmp_path / "link.nii.gz").symlink_to(tmp_path / "annex")
+    refused(tmp_path / "link.nii.gz", "link")
+    for name in ("empty.nii", "empty.nii.gz"):
+        (tmp_path / name).touch()
+        refused(tmp_path / name, "empty")
+    (tmp_path / "scan.mgz").write_bytes(b"x")
+    refused(tmp_path / "scan.mgz", ".nii or .nii.gz")
+    (tmp_path / "plain.nii.gz").write_bytes(raw_nifti())
+    refused(tmp_path / "plain.nii.gz", "not gzip", "rename it to .nii")
+    (tmp_path / "packed.nii").write_bytes(gzip.compress(raw_nifti()))
+    refused(tmp_path / "packed.nii", "gzip", "rename it to .nii.gz")
+    refused(save(tmp_path / "text.nii", b"sub-01 " * 100), "not a readable NIfTI header")
+    refused(save(tmp_path / "text.nii.gz", b"sub-01"), "6 bytes", "too few")
+    refused(save(tmp_path / "pair.nii", raw_nifti(magic=b"ni1", vox_offset=0)), "voxels begin at byte 0")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_no_permission_as_user(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.nii", raw_nifti())
+    path.chmod(0)
+    refused(path, "permission")
+
+
+def test_no_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def closed(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    path = save(tmp_path / "a.nii", raw_nifti())
+    monkeypatch.setattr(Path, "open", closed)
+    refused(path, "permission")
+
+
+@pytest.mark.parametrize(
+    ("raw", "part"),
+    [
+        (raw_nifti(values=np.zeros((4, 4, 4, 2))), "4-D, shape (4, 4, 4, 2)"),
+        (raw_nifti(values=np.zeros((4, 4))), "2-D, shape (4, 4)"),
+        (raw_nifti(dim=[3, 5, 0, 7, 1, 1, 1, 1]), "shape (5, 0, 7)"),
+        (raw_nifti("complex64"), "complex64"),
+        (raw_nifti("uint8", datatype=128, bitpix=24), "RGB"),
+        (raw_nifti(scl_slope=np.inf), "slope inf"),
+        (raw_nifti(scl_slope=2, scl_inter=np.nan), "intercept nan"),
+        (raw_nifti(srow_x=[0, 0, 0, 0]), "degenerate"),
+        (raw_nifti(srow_x=[0, 1.5, 0, 0]), "degenerate"),
+        (raw_nifti(srow_x=[np.nan, 0, 0, 0]), "finite lengths"),
+        (raw_nifti(srow_x=[np.inf, 0, 0, 0]), "finite lengths"),
+        (raw_nifti(xyzt_units=1), "metres"),
+        (raw_nifti(xyzt_units=3 + 8), "micrometres"),
+        (raw_nifti(vox_offset=100), "readable NIfTI header"),
+        (raw_nifti(vox_offset=np.inf), "readable NIfTI header"),
+        (raw_nifti(vox_offset=np.nan), "readable NIfTI header"),
+        (raw_nifti(sform_code=0, qform_code=1, quatern_b=2), "readable NIfTI header"),
+        (raw_nifti(datatype=12345), "12345"),
+    ],
+)
+def test_headers_that_cannot_be_used(tmp_path: Path, raw: bytes, part: str) -> None:
+    refused(save(tmp_path / "a.nii", raw), part)
+    refused(save(tmp_path / "a.nii.gz", raw), part)
+
+
+def test_flaws_that_nibabel_repairs_are_not_printed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path = save(tmp_path / "a.nii", raw_nifti(pixdim=[0, 0, 1.5, 2.5, 1, 1, 1, 1]))
+    nifti.read(path)
+    refused(save(tmp_path / "b.nii", raw_nifti(datatype=12345)))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_voxels_that_are_not_finite(tmp_path: Path) -> None:
+    values = np.zeros(SHAPE)
+    values[1, 2, 3], values[4, 0, 0] = np.nan, np.inf
+    with pytest.raises(InputError, match=r"a\.nii: .*float32: 2, the first at \(1, 2, 3\) with value nan"):
+        nifti.read(save(tmp_path / "a.nii", raw_nifti(values=values)))
+    values = np.zeros(SHAPE)
+    values[2, 0, 5] = 1e39
+    with pytest.raises(InputError, match=r"float32: 1, the first at \(2, 0, 5\) with value 1e\+39"):
+        nifti.read(save(tmp_path / "b.nii", raw_nifti("float64", values)))
+    with pytest.raises(InputError, match=r"float32: 208, the first at \(0, 0, 2\) with value 6e\+38"):
+        nifti.read(save(tmp_path / "c.nii", raw_nifti("int16", np.arange(210).reshape(SHAPE), scl_slope=3e38)))
+
+
+def test_labels(tmp_path: Path) -> None:
+    values = np.zeros(SHAPE)
+    values[1, 1, 1], values[2, 2, 2] = 1, 70000
+    for dtype in ("int32", "float32"):
+        labels = nifti.read_labels(save(tmp_path / "a.nii.gz", raw_nifti(dtype, values)), Grid(SHAPE, AFFINE))
+        assert labels.dtype == np.int32
+        np.testing.assert_array_equal(labels, values)
+    nearly = nifti.read_labels(save(tmp_path / "a.nii.gz", raw_nifti("float64", values + 5e-7)))
+    np.testing.assert_array_equal(nearly, values)
+    # Beyond 2**24 float32 knows only every second integer.
+    large = nifti.read_labels(save(tmp_path / "a.nii.gz", raw_nifti("int32", values + 2**24 + 1)))
+    np.testing.assert_array_equal(large, values + 2**24 + 1)
+
+
+@pytest.mark.parametrize("wrong", [0.5, -1.0, np.nan, np.inf, 2.0**31])
+def test_values_that_are_no_labels(tmp_path: Path, wrong: float) -> None:
+    values = np.zeros(SHAPE)
+    values[0, 0, :2] = wrong
+    with pytest.raises(InputError, match=r"a\.nii: voxels without a valid label: 2, values") as caught:
+        nifti.read_labels(save(tmp_path / "a.nii", raw_nifti("float64", values)))
+    assert f"values {wrong:g};" in str(caught.value)
+
+
+def test_labels_on_another_grid(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.nii", raw_nifti("uint8"))
+    moved = AFFINE.copy()
+    moved[2, 3] += 2
+    with pytest.raises(InputError, match=r"a\.nii: not on the grid of the image \(.*up to 2 mm apart"):
+        nifti.read_labels(path, Grid(SHAPE, moved))
+    with pytest.raises(InputError, match="5 x 6 x 8 voxels against 5 x 6 x 7"):
+        nifti.read_labels(path, Grid((5, 6, 8), AFFINE))
+
+
+@pytest.mark.data
+def test_real_scans_against_nibabel(shared: Path, tmp_path: Path) -> None:
+    for path in ("open_ms/sub-19/anat/sub-19_space-MNI_FLAIR.nii.gz",):
+        source = shared / "data" / path
+        oracle = nib.load(source)
+        volume, grid, _ = nifti.read(source)
+        np.testing.assert_array_equal(volume, np.asarray(oracle.dataobj, np.float32))
+        np.testing.assert_array_equal(grid.affine, oracle.affine)
+        copy = tmp_path / source.name
+        shutil.copyfile(source, copy)
+        copy.chmod(0o644)
+        copy.write_bytes(copy.read_bytes()[:-100_000])
+        refused(copy, "truncated")

@@ -1,0 +1,148 @@
+"""The model folder: `model.json`, readable, beside `parameters/`, an Orbax checkpoint. Loading it needs no PyTorch."""
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from xaiseg._version import __version__
+from xaiseg.errors import InputError
+from xaiseg.models import NETWORKS, Model, ModelSpec, expected_variables
+
+_FORMAT = 1
+
+
+def save_model(folder: str | Path, model: Model, overwrite: bool = False) -> Path:
+    """Write a model folder. It is assembled beside its destination and renamed, so a half-written one is never seen.
+
+    Raises InputError where the folder exists (without `overwrite`) or cannot be written.
+    """
+    folder = Path(folder).absolute()
+    if folder.exists() and not overwrite:
+        raise InputError(f"{folder}: exists; choose another folder or give --overwrite")
+    if overwrite and folder.exists() and any(folder.iterdir()) and not (folder / "model.json").is_file():
+        raise InputError(f"{folder}: exists and is not a model folder, so it is not overwritten")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be written ({error.strerror}); choose another folder") from error
+    try:
+        staging.chmod(0o755)
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(staging / "parameters", jax.tree.map(np.asarray, dict(model.variables)))
+        description = {"format": _FORMAT, "xaiseg_version": __version__, **dataclasses.asdict(model.spec)}
+        (staging / "model.json").write_text(json.dumps(description, indent=2) + "\n")
+        if folder.exists():
+            shutil.rmtree(folder)
+        staging.rename(folder)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return folder
+
+
+def load_model(folder: str | Path) -> Model:
+    """Read a model folder. Raises InputError where it is missing, damaged, or its parameters do not fit its architecture."""
+    folder = Path(folder).absolute()
+    spec = _read_spec(folder)
+    expected = expected_variables(spec)
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            _check_tree(checkpointer.metadata(folder / "parameters"), expected, folder)
+            variables = checkpointer.restore(folder / "parameters", expected)
+    except InputError:
+        raise
+    except Exception as error:  # Orbax raises many kinds for a damaged checkpoint; each means the same to the user
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"{folder}/parameters: cannot be read ({first[:200]}); convert or train the model again") from error
+    return Model(spec, variables)
+
+
+def model_hash(model: Model) -> str:
+    """SHA-256 over architecture and parameters: the same for the same network wherever it is stored."""
+    digest = hashlib.sha256()
+    digest.update(json.dumps([model.spec.architecture, model.spec.options], sort_keys=True).encode())
+    for path, leaf in sorted((jax.tree_util.keystr(p), v) for p, v in jax.tree_util.tree_leaves_with_path(model.variables)):
+        digest.update(path.encode())
+        digest.update(np.ascontiguousarray(leaf).tobytes())
+    return digest.hexdigest()
+
+
+def _read_spec(folder: Path) -> ModelSpec:
+    file = folder / "model.json"
+    if not file.is_file():
+        raise InputError(f"{folder}: not a model folder (no model.json inside); make one with `xaiseg convert`")
+    try:
+        content = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file}: cannot be read as JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{file}: holds {type(content).__name__}, expected an object")
+    if content.pop("format", None) != _FORMAT:
+        raise InputError(f"{file}: written in a format this xaiseg ({__version__}) does not read; update xaiseg")
+    content.pop("xaiseg_version", None)
+    return spec_from_dict(content, str(file))
+
+
+def spec_from_dict(content: dict[str, Any], source: str) -> ModelSpec:
+    """A checked `ModelSpec`. Raises InputError that names the field, what was found and what was expected."""
+    fields = {f.name for f in dataclasses.fields(ModelSpec)}
+    if unknown := sorted(set(content) - fields):
+        raise InputError(f"{source}: unknown field {unknown[0]!r}; known are {', '.join(sorted(fields))}")
+    if missing := [name for name in ("architecture", "options", "channels", "window") if name not in content]:
+        raise InputError(f"{source}: field {missing[0]!r} is missing")
+    content = {k: tuple(v) if isinstance(v, list) else v for k, v in content.items()}
+    spec = ModelSpec(**content)
+    rules = [
+        (spec.architecture in NETWORKS, "architecture", f"one of {', '.join(NETWORKS)}"),
+        (isinstance(spec.channels, tuple) and len(set(spec.channels)) == len(spec.channels) > 0, "channels", "different names"),
+        (
+            isinstance(spec.window, tuple) and len(spec.window) == 3 and all(isinstance(n, int) and n > 0 for n in spec.window),
+            "window",
+            "three positive integers",
+        ),
+        (isinstance(spec.overlap, float | int) and 0 <= spec.overlap < 1, "overlap", "a number from 0 to below 1"),
+        (spec.blending in ("gaussian", "constant"), "blending", "gaussian or constant"),
+        (isinstance(spec.threshold, float | int) and 0 < spec.threshold < 1, "threshold", "a number between 0 and 1"),
+        (spec.connectivity in (6, 18, 26), "connectivity", "6, 18 or 26"),
+        (isinstance(spec.min_voxels, int) and spec.min_voxels >= 1, "min_voxels", "a positive integer"),
+        (spec.normalisation == "zscore_nonzero", "normalisation", "zscore_nonzero"),
+        (_is_orientation(spec.orientation), "orientation", "native, or axis codes such as RAS"),
+    ]
+    for holds, name, expected in rules:
+        if not holds:
+            raise InputError(f"{source}: {name} is {getattr(spec, name)!r}, expected {expected}")
+    try:
+        expected_variables(spec)
+    except (ValueError, TypeError, ZeroDivisionError) as error:
+        raise InputError(f"{source}: not a network that can be built: {error}") from error
+    return spec
+
+
+def _is_orientation(codes: Any) -> bool:
+    axes = ("LR", "PA", "IS")
+    return codes == "native" or (
+        isinstance(codes, str) and len(codes) == 3 and all(sum(c in axis for c in codes) == 1 for axis in axes)
+    )
+
+
+def _check_tree(found: Any, expected: Any, folder: Path) -> None:
+    found = getattr(found, "item_metadata", found)
+    shapes = {jax.tree_util.keystr(p): tuple(v.shape) for p, v in jax.tree_util.tree_leaves_with_path(_plain(found))}
+    wanted = {jax.tree_util.keystr(p): tuple(v.shape) for p, v in jax.tree_util.tree_leaves_with_path(expected)}
+    problems = [f"missing {k}" for k in wanted if k not in shapes] + [f"unknown {k}" for k in shapes if k not in wanted]
+    problems += [f"{k} has shape {shapes[k]}, expected {wanted[k]}" for k in wanted if shapes.get(k, wanted[k]) != wanted[k]]
+    if problems:
+        raise InputError(f"{folder}/parameters: do not fit the network of model.json: {'; '.join(problems)}")
+
+
+def _plain(tree: Any) -> Any:
+    tree = getattr(tree, "tree", tree)
+    return {k: _plain(v) for k, v in tree.items()} if isinstance(tree, dict) else tree

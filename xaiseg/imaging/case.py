@@ -1,0 +1,161 @@
+"""A case, the scan loaded from it, and the check of all headers before any compute."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+from nibabel.processing import resample_from_to
+
+from xaiseg.errors import InputError
+from xaiseg.imaging import nifti
+from xaiseg.imaging.grid import NATIVE, Grid, difference, invert, reorient, reorient_grid, reorientation
+from xaiseg.imaging.normalise import zscore_nonzero
+
+_BIDS_NAME = re.compile(r"sub-([A-Za-z0-9]+)(?:_ses-([A-Za-z0-9]+))?")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One examination of one patient: the files of its channels, and what is known about its lesions.
+
+    Attributes:
+        name: as in "sub-01_ses-2" or the manifest's own.
+        images: channel to file, in the model's order.
+        reference: the expert's lesion mask.
+        instances: the expert's map of numbered lesions.
+    """
+
+    name: str
+    images: dict[str, Path]
+    reference: Path | None = None
+    instances: Path | None = None
+
+    @property
+    def subject(self) -> str:
+        """The BIDS label of the patient; for a name outside BIDS, its letters and digits."""
+        match = _BIDS_NAME.fullmatch(self.name)
+        return match[1] if match else re.sub("[^A-Za-z0-9]", "", self.name)
+
+    @property
+    def session(self) -> str | None:
+        """The BIDS label of the session, where the name has one."""
+        match = _BIDS_NAME.fullmatch(self.name)
+        return match[2] if match else None
+
+
+@dataclass(frozen=True, eq=False)
+class Scan:
+    """The images of a case as the model takes them.
+
+    Attributes:
+        name: the case's.
+        image: (X, Y, Z, C) float32, each channel standardised over its non-zero voxels, in model orientation.
+        grid: of `image`.
+        stored_grid: of the first channel's file; results are written on it.
+        header: of the first channel's file, for `nifti.write`.
+        reorientation: (3, 2) orientation transform from stored to model orientation.
+    """
+
+    name: str
+    image: np.ndarray
+    grid: Grid
+    stored_grid: Grid
+    header: nib.Nifti1Header
+    reorientation: np.ndarray
+
+    def labels(self, path: Path) -> np.ndarray:
+        """Read a mask or label map of this scan: (X, Y, Z) int32 in model orientation.
+
+        Raises:
+            InputError: as `nifti.read_labels`; among others, the map is not on the stored grid.
+        """
+        return reorient(nifti.read_labels(path, self.stored_grid), self.reorientation)
+
+    def to_stored(self, array: np.ndarray, start: tuple[int, int, int] = (0, 0, 0)) -> tuple[np.ndarray, np.ndarray]:
+        """Take a result, or a crop of one, from model orientation to the stored one.
+
+        Args:
+            array: (X, Y, Z) or (X, Y, Z, C).
+            start: the voxel of `image` at which `array` begins.
+
+        Returns:
+            The array with its axes as stored, and the (4, 4) affine that places it in mm.
+        """
+        back = invert(self.reorientation)
+        return reorient(array, back), reorient_grid(self.grid.crop(start, array.shape), back).affine
+
+
+def load_scan(case: Case, channels: Sequence[str], orientation: str = NATIVE, resample: bool = False) -> Scan:
+    """Read, align, standardise, reorient and stack the channels of a case.
+
+    Args:
+        channels: in the model's order.
+        orientation: of the voxel axes as the model was trained, such as "LAS"; "native" leaves them as stored.
+        resample: bring the other channels onto the first one's grid by trilinear interpolation, 0 outside their field
+            of view. Without it, one grid is required.
+
+    Raises:
+        InputError: a file cannot be used, or the channels are on different grids.
+    """
+    paths = [case.images[channel] for channel in channels]
+    first, grid, header = nifti.read(paths[0])
+    volumes = [zscore_nonzero(first, str(paths[0]))]
+    for path in paths[1:]:
+        volume, own, _ = nifti.read(path)
+        name = str(path)
+        if unlike := difference(grid, own):
+            if not resample:
+                raise InputError(_apart(paths[0], path, unlike))
+            moved = resample_from_to(nib.Nifti1Image(volume, own.affine), (grid.shape, grid.affine), order=1)
+            volume, name = np.asarray(moved.dataobj, np.float32), f"{path} (resampled onto {paths[0]})"
+        volumes.append(zscore_nonzero(volume, name))
+    transform = reorientation(grid, orientation)
+    image = reorient(np.stack(volumes, axis=-1), transform)
+    return Scan(case.name, image, reorient_grid(grid, transform), grid, header, transform)
+
+
+def preflight(cases: Sequence[Case], channels: Sequence[str], resample: bool = False) -> None:
+    """Check the header of every file of every case, so that a night's run does not fail on its last case.
+
+    Raises:
+        InputError: one line for all problems: the first in full, the others by file name.
+    """
+    problems: list[tuple[Path, str]] = []
+
+    def grid_at(path: Path) -> Grid | None:
+        try:
+            return nifti.check_header(path)
+        except InputError as error:
+            problems.append((path, str(error)))
+            return None
+
+    for case in cases:
+        paths = [case.images[channel] for channel in channels]
+        maps = [path for path in (case.reference, case.instances) if path]
+        grids = {path: grid_at(path) for path in [*paths, *maps]}
+        first = grids[paths[0]]
+        for path in [*(paths[1:] if not resample else []), *maps]:
+            own = grids[path]
+            if first and own and (unlike := difference(first, own)):
+                hint = _apart if path not in maps else _map_apart
+                problems.append((path, hint(paths[0], path, unlike)))
+
+    if problems:
+        message = problems[0][1]
+        if others := [path.name for path, _ in problems[1:]]:
+            message += f" (and {len(others)} more: {', '.join(others[:3])}{', …' if len(others) > 3 else ''})"
+        raise InputError(message)
+
+
+def _apart(first: Path, path: Path, unlike: str) -> str:
+    return f"{path}: not on the grid of {first} ({unlike}); expected one grid: register the images, or use --resample"
+
+
+def _map_apart(first: Path, path: Path, unlike: str) -> str:
+    return (
+        f"{path}: not on the grid of {first} ({unlike}); expected the image's own grid: "
+        "resample the map onto it with nearest neighbour"
+    )

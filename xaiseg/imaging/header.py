@@ -1,0 +1,100 @@
+"""NIfTI headers: which can be used, what they say, and how to place a result like the scan it came from."""
+
+import logging
+import math
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+from nibabel.spatialimages import HeaderDataError
+
+from xaiseg.errors import InputError
+from xaiseg.imaging.grid import Grid, difference
+
+SIZE = 540  # bytes; NIfTI-2, whose header is the longer one
+_ALIGNED = 2  # NIFTI_XFORM_ALIGNED_ANAT, "aligned to another file's or to anatomical truth"
+_PLACEMENT = [f"quatern_{a}" for a in "bcd"] + [f"qoffset_{a}" for a in "xyz"] + [f"srow_{a}" for a in "xyz"]
+# nibabel would print every flaw that it repairs.
+_silent = logging.Logger("xaiseg.imaging.header")
+_silent.addHandler(logging.NullHandler())
+
+
+@np.errstate(all="ignore")
+def parse(path: Path, raw: bytes) -> nib.Nifti1Header:
+    """The header at the start of `raw`, checked; nibabel's repairs of harmless flaws are kept."""
+    sizes = {int.from_bytes(raw[:4], "little"), int.from_bytes(raw[:4], "big")}
+    kind = nib.Nifti2Header if SIZE in sizes else nib.Nifti1Header
+    if len(raw) < kind.sizeof_hdr:
+        raise InputError(f"{path}: {len(raw)} bytes of data, too few for a NIfTI header; copy or download it again")
+    try:
+        header = kind(raw[: kind.sizeof_hdr], check=False)
+        header.check_fix(logger=_silent, error_level=40)
+        shape, dtype, affine = header.get_data_shape(), header.get_data_dtype(), header.get_best_affine()
+        slope, inter, offset = float(header["scl_slope"]), float(header["scl_inter"]), header.get_data_offset()
+    except (HeaderDataError, ValueError, OverflowError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"{path}: not a readable NIfTI header ({reason}); expected NIfTI-1 or NIfTI-2 in one file: "
+            "convert or download it again"
+        ) from error
+
+    def refuse(found: str, expected: str, remedy: str) -> InputError:
+        return InputError(f"{path}: {found}; expected {expected}: {remedy}")
+
+    if len(shape) < 3 or any(n != 1 for n in shape[3:]):
+        raise refuse(f"{len(shape)}-D, shape {shape}", "one 3-D volume", "extract one volume into a file of its own")
+    if min(shape) < 1:
+        raise refuse(f"shape {shape}", "at least one voxel along each axis", "give another file")
+    if dtype.kind not in "iuf":
+        name = "RGB or other compound" if dtype.kind == "V" else dtype.name
+        raise refuse(f"voxels are {name} values", "real numbers", "convert to a scalar image")
+    if offset < kind.sizeof_hdr:
+        raise refuse(f"voxels begin at byte {offset}", f"at least {kind.sizeof_hdr}", "convert it again")
+    # nibabel takes a slope of 0 or NaN as no scaling, as the standard does for 0
+    if math.isinf(slope) or (math.isfinite(slope) and slope != 0 and not math.isfinite(inter)):
+        raise refuse(f"scaling has slope {slope:g} and intercept {inter:g}", "finite numbers", "correct the header")
+    if not np.abs(affine).max() < 1e6:  # mm
+        raise refuse(f"affine {affine[:3].tolist()}", "finite lengths below 1 km", "correct sform and qform")
+    lengths = np.linalg.norm(affine[:3, :3], axis=0)
+    if not (lengths.min() > 1e-6 and abs(np.linalg.det(affine[:3, :3] / lengths)) > 1e-6):
+        raise refuse(f"affine {affine[:3].tolist()} is degenerate", "three independent axes", "correct sform and qform")
+    if (unit := int(header["xyzt_units"]) & 7) in (1, 3):
+        found = {1: "metres", 3: "micrometres"}[unit]
+        raise refuse(f"header gives lengths in {found}", "millimetres", "convert affine and unit to millimetres")
+    return header
+
+
+def grid_of(header: nib.Nifti1Header) -> Grid:
+    """The grid that a header describes: its sform where that has a code, else its qform, else nibabel's fallback."""
+    return Grid(header.get_data_shape()[:3], header.get_best_affine())
+
+
+def file_length(header: nib.Nifti1Header) -> int:
+    """Bytes of the uncompressed file, at least."""
+    return header.get_data_offset() + header.get_data_dtype().itemsize * math.prod(header.get_data_shape())
+
+
+@np.errstate(all="ignore")
+def place(header: nib.Nifti1Header, like: nib.Nifti1Header | None, grid: Grid) -> None:
+    """Set sform, qform, their codes and pixdim."""
+    if like is not None and difference(grid_of(like), grid) is None:
+        for field in (*_PLACEMENT, "sform_code", "qform_code"):
+            header[field] = like[field]
+        header["pixdim"][:4] = like["pixdim"][:4]
+        return
+    scode, qcode = (int(like["sform_code"]), int(like["qform_code"])) if like is not None else (0, 0)
+    if not scode and not qcode:
+        scode = qcode = _ALIGNED
+    qform = grid.affine
+    try:
+        if like is not None and like["sform_code"] > 0 and like["qform_code"] > 0:
+            # The two forms may speak of different spaces, scanner and template: move each within its own.
+            qform = like.get_qform() @ np.linalg.inv(like.get_best_affine()) @ grid.affine
+        header.set_qform(qform, qcode)
+        fits = difference(Grid(grid.shape, header.get_qform()), Grid(grid.shape, qform)) is None
+    except (ValueError, HeaderDataError):  # the scan has no usable qform beside its good sform
+        fits = False
+    if not fits:
+        header.set_qform(grid.affine, 0)  # for pixdim
+        scode = scode or qcode
+    header.set_sform(grid.affine, scode)

@@ -1,0 +1,99 @@
+"""The stitched prediction: the network over all windows of a volume, blended, as one pure function of the volume."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.tree_util import Partial
+
+from xaiseg._types import LogitsFn, TappedFn
+from xaiseg.inference.windows import Triple, WindowPlan, plan_windows
+from xaiseg.models import Model
+
+WindowDone = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class StitchedPredictor:
+    """`predictor(x)` maps a volume `(X, Y, Z, C)` of any size to its blended logits `(X, Y, Z, classes)`.
+
+    It is a pure function of `x` and may be differentiated. Windows run one after another through one compiled step. Inside `jit`
+    set `scan`, or the program holds the network once per window; on CPU a scan's gradient is slow, so it is not the default.
+
+    logits_fn: see `_types.LogitsFn`. tapped_fn: the same network with taps, for class-activation maps.
+    target_class: the lesion's logit.
+    """
+
+    logits_fn: LogitsFn
+    window: Triple
+    overlap: float = 0.25
+    blending: str = "gaussian"
+    target_class: int = 1
+    tapped_fn: TappedFn | None = None
+    scan: bool = False
+
+    def __post_init__(self) -> None:
+        # A Partial is a pytree: compiled steps take the network as an argument, its parameters are not baked in as constants.
+        for name in ("logits_fn", "tapped_fn"):
+            function = getattr(self, name)
+            if function is not None and not isinstance(function, Partial):
+                object.__setattr__(self, name, Partial(function))
+
+    @classmethod
+    def of(cls, model: Model) -> "StitchedPredictor":
+        spec = model.spec
+        return cls(model.logits_fn, spec.window, spec.overlap, spec.blending, spec.target_class, model.tapped_fn)
+
+    def plan(self, shape: tuple[int, ...]) -> WindowPlan:
+        x, y, z = shape[:3]
+        return plan_windows((x, y, z), self.window, self.overlap, self.blending)
+
+    def __call__(self, x: Array, progress: WindowDone | None = None) -> Array:
+        plan = self.plan(x.shape)
+        padded = pad(x, plan)
+        classes = jax.eval_shape(self.logits_fn, jax.ShapeDtypeStruct((1, *self.window, x.shape[-1]), x.dtype)).shape[-1]
+        total = jnp.zeros((*plan.padded_shape, classes), x.dtype)
+        weight = jnp.asarray(plan.weight, x.dtype)
+        if self.scan:
+            total, _ = jax.lax.scan(
+                lambda acc, start: (_add_window(self.logits_fn, padded, weight, acc, start), None), total, plan.starts
+            )
+        else:
+            for start in plan.starts:
+                total = _add_window_jit(self.logits_fn, padded, weight, total, start)
+                if progress is not None:
+                    jax.block_until_ready(total)
+                    progress()
+        blended = total / jnp.asarray(plan.total_weight, x.dtype)[..., None]
+        return unpad(blended, plan)
+
+    def probability(self, logits: Array) -> Array:
+        """Probability of the lesion class: softmax over classes, sigmoid for a single logit."""
+        if logits.shape[-1] == 1:
+            return jax.nn.sigmoid(logits[..., 0])
+        return jax.nn.softmax(logits, axis=-1)[..., self.target_class]
+
+
+def pad(x: Array, plan: WindowPlan) -> Array:
+    """Zeros around a volume `(X, Y, Z, C)` that is smaller than a window."""
+    return jnp.pad(x, (*plan.padding, (0, 0)))
+
+
+def unpad(x: Array, plan: WindowPlan) -> Array:
+    return x[tuple(slice(lo, lo + n) for (lo, _), n in zip(plan.padding, plan.shape, strict=True))]
+
+
+def _add_window(logits_fn: LogitsFn, padded: Array, weight: Array, total: Array, start: Array | np.ndarray) -> Array:
+    corner = (start[0], start[1], start[2], 0)
+    window = jax.lax.dynamic_slice(padded, corner, (*weight.shape, padded.shape[-1]))
+    blended = logits_fn(window[None])[0] * weight[..., None]
+    seen = jax.lax.dynamic_slice(total, corner, blended.shape)
+    return jax.lax.dynamic_update_slice(total, seen + blended, corner)
+
+
+_add_window_jit = partial(jax.jit, donate_argnums=3)(_add_window)
+

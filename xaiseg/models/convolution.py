@@ -1,0 +1,108 @@
+"""The one place that decides how a convolution is computed.
+
+XLA's CPU back end is good at 2-D convolutions and up to 300 times slower than PyTorch at 3-D, strided-gradient and dilated ones.
+On CPU a 3-D convolution is therefore written as 2-D convolutions with the depth (the first spatial axis) folded into the batch;
+elsewhere the native 3-D convolution is the right one. Both are plain differentiable JAX code, so forward and reverse mode,
+`vmap` and `jet` pass through; the folded form was chosen such that its *transpose*, which JAX derives, is as fast as itself.
+
+Arrays are channels last, `(N, *spatial, C)`; kernels are `(*window, C_in, C_out)`.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+Lowering = Literal["auto", "folded", "native"]
+Padding = Sequence[tuple[int, int]]
+
+# Up to this many input channels the depth taps are joined into the channels of one 2-D convolution; beyond, copying them costs
+# more than adding up one convolution per tap (measured, 96³ to 6³ grids, scripts/benchmark.py --layers).
+_JOIN_TAPS_UP_TO = 8
+
+
+def conv(x: Array, kernel: Array, strides: Sequence[int], padding: Padding, lowering: Lowering = "auto") -> Array:
+    """Convolution (cross-correlation, as in PyTorch) of `x` `(N, *spatial, C_in)` with `kernel` `(*window, C_in, C_out)`.
+
+    `padding` gives zeros before and after each spatial axis. `lowering="auto"` folds 3-D convolutions on CPU. The choice is made
+    when the function is traced, not inside the compiled program, so that linearisation residuals hold no untaken branch.
+    """
+    if lowering == "auto":
+        lowering = "folded" if kernel.ndim == 5 and _platform() == "cpu" else "native"
+    if lowering == "native":
+        return _native(x, kernel, strides, padding)
+    if all(k == 1 for k in kernel.shape[:3]) and not any(p for pair in padding for p in pair):
+        x = x[:, :: strides[0], :: strides[1], :: strides[2]]
+        return lax.dot_general(x, kernel[0, 0, 0], (((4,), (0,)), ((), ())))
+    return _depth_folded(x, kernel, strides, padding)
+
+
+def conv_transpose(
+    x: Array,
+    kernel: Array,
+    strides: Sequence[int],
+    padding: Padding,
+    output_padding: Sequence[int],
+    lowering: Lowering = "auto",
+) -> Array:
+    """The transpose of `conv`: `x` `(N, *spatial, C_in)` to `(N, *larger, C_out)`.
+
+    `kernel` is the kernel of the convolution whose transpose this is, `(*window, C_out, C_in)`, so a PyTorch weight
+    `(C_in, C_out, *window)` needs its axes moved and nothing flipped. The output side is
+    `(n - 1)·stride - pad_before - pad_after + window + output_padding`.
+    """
+    spatial = [
+        (n - 1) * s - lo - hi + k + extra
+        for n, s, (lo, hi), k, extra in zip(
+            x.shape[1:-1], strides, padding, kernel.shape[:-2], output_padding, strict=True
+        )
+    ]
+    larger = jax.ShapeDtypeStruct((x.shape[0], *spatial, kernel.shape[-2]), x.dtype)
+    (y,) = jax.linear_transpose(lambda z: conv(z, kernel, strides, padding, lowering), larger)(x)
+    return y
+
+
+def _platform() -> str:
+    device = jax.config.jax_default_device
+    return getattr(device, "platform", device) or jax.default_backend()
+
+
+def _native(x: Array, kernel: Array, strides: Sequence[int], padding: Padding) -> Array:
+    spatial = "DHW"[-(kernel.ndim - 2) :]
+    layout = (f"N{spatial}C", f"{spatial}IO", f"N{spatial}C")
+    return lax.conv_general_dilated(x, kernel, tuple(strides), list(padding), dimension_numbers=layout)
+
+
+def _depth_folded(x: Array, kernel: Array, strides: Sequence[int], padding: Padding) -> Array:
+    depth, *window, c_in, c_out = kernel.shape
+    taps = _depth_taps(x, depth, strides[0], padding[0])
+    n, d = taps[0].shape[:2]
+
+    def planes(z: Array, k: Array) -> Array:
+        return _native(z.reshape(n * d, *z.shape[2:]), k, strides[1:], padding[1:])
+
+    if c_in <= _JOIN_TAPS_UP_TO:
+        joined = jnp.moveaxis(kernel, 0, 2).reshape(*window, depth * c_in, c_out)
+        y = planes(jnp.concatenate(taps, axis=-1), joined)
+    else:
+        y = planes(taps[0], kernel[0])
+        for tap, k in zip(taps[1:], kernel[1:], strict=True):
+            y = y + planes(tap, k)
+    return y.reshape(n, d, *y.shape[1:])
+
+
+def _depth_taps(x: Array, window: int, stride: int, padding: tuple[int, int]) -> list[Array]:
+    """The `window` strided views of the depth axis, each `(N, D_out, H, W, C)`.
+
+    A strided slice has an interior-padded transpose, which XLA's CPU back end fuses badly; splitting the axis into
+    (block, phase) turns both directions into contiguous copies.
+    """
+    lo, hi = padding
+    n = x.shape[1] + lo + hi
+    out = (n - window) // stride + 1
+    blocks = -(-max(n, (out - 1) * stride + window) // stride)
+    x = jnp.pad(x, ((0, 0), (lo, blocks * stride - x.shape[1] - lo), (0, 0), (0, 0), (0, 0)))
+    x = x.reshape(x.shape[0], blocks, stride, *x.shape[2:])
+    return [x[:, t // stride : t // stride + out, t % stride] for t in range(window)]

@@ -1,0 +1,242 @@
+"""Jacobian rows of the stitched logits, reduced as they stream by.
+
+The blended logit of a voxel is a fixed linear combination of the logits of the windows that hold it, `y[v] = Σ_w s_w(v) y_w[v]`, so
+its row is `Σ_w s_w(v) · ∂y_w[v]/∂x`: a few pull-backs, each through one window, and no other window of the volume matters.
+Each window is linearised once; its pull-back is then mapped over chunks of one-hot cotangents.
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from xaiseg._types import Aggregator, Explainer, Info, Instance, LogitsFn, Progress, SaliencyMap
+from xaiseg.errors import InputError
+from xaiseg.inference import StitchedPredictor, WindowPlan, pad
+
+# Windows kept linearised at once. A voxel lies in up to three per axis, since the last start is clamped (182 voxels: 0, 72, 86).
+_LINEARISED = 27
+# On CPU a chunk whose temporaries outgrow this is slower per row than a smaller one: fresh pages cost more than batching saves.
+_CPU_WORKING_SET = 64 * 2**20
+_MAX_CHUNK = 128
+
+
+def jacobian_rows(aggregator: Aggregator, *, chunk: int | None = None, memory: int | None = None) -> Explainer:
+    """An explainer: the rows of each instance, reduced by `aggregator`.
+
+    chunk: rows pulled back together; by default as many as are fast. memory: bytes the temporaries of a chunk may take; it lowers
+    the chunk. Neither changes the result beyond float addition order. The explainer raises InputError where one row alone needs
+    more than `memory`.
+    """
+
+    def explain(
+        key: Array, predictor: StitchedPredictor, image: Array, instances: Sequence[Instance], *, progress: Progress | None = None
+    ) -> tuple[list[SaliencyMap], list[Info]]:
+        plan = predictor.plan(image.shape)
+        windows = _Linearised(predictor, plan, pad(image, plan))
+        maps, infos = [], []
+        for instance in instances:
+            groups = list(window_groups(plan, instance))
+            region = _bounding_box(plan, np.concatenate([g.windows for g in groups]))
+            state = aggregator.init((*region.shape, image.shape[-1]))
+            for group in groups:
+                box = _bounding_box(plan, group.windows)
+                inner = np.array(box.start, np.int32) - np.array(region.start, np.int32)
+                for rows, index, weight in _stream(plan, windows, group, box, aggregator.linear, chunk, memory):
+                    state = _update(aggregator, state, rows, index, weight, inner)
+                    if progress is not None:
+                        jax.block_until_ready(state)
+                        progress(int(np.count_nonzero(weight)) * len(group.windows))
+            maps.append(crop_to_volume(plan, np.asarray(aggregator.finalize(state)), region.start))
+            infos.append(Info(rows=count_rows(groups, aggregator), windows=len({w for g in groups for w in g.windows.tolist()})))
+        return maps, infos
+
+    return explain
+
+
+class WindowGroup(NamedTuple):
+    """Voxels of an instance that lie in the same windows.
+
+    windows: `(m,)` numbers of the plan. index: `(n,)` rows. local: `(m, n, 3)` places in each window. share: `(m, n)` blend shares.
+    """
+
+    windows: np.ndarray
+    index: np.ndarray
+    local: np.ndarray
+    share: np.ndarray
+
+
+def window_groups(plan: WindowPlan, instance: Instance) -> Iterator[WindowGroup]:
+    """The voxels of an instance, grouped by the set of windows that hold them."""
+    local, share = plan.coverage(instance.voxels)
+    members, group_of = np.unique(share > 0, axis=1, return_inverse=True)
+    for number, held in enumerate(members.T):
+        windows, index = np.flatnonzero(held), np.flatnonzero(group_of.reshape(-1) == number)
+        yield WindowGroup(windows, index.astype(np.int32), local[windows][:, index], share[windows][:, index])
+
+
+def count_rows(groups: Sequence[WindowGroup], aggregator: Aggregator) -> int:
+    """Backward passes through one window that the rows of an instance take."""
+    return sum(len(g.windows) * (1 if aggregator.linear else len(g.index)) for g in groups)
+
+
+class _Box(NamedTuple):
+    start: tuple[int, ...]
+    shape: tuple[int, ...]
+
+
+def _bounding_box(plan: WindowPlan, windows: np.ndarray) -> _Box:
+    low = plan.starts[windows].min(0)
+    high = plan.starts[windows].max(0) + np.array(plan.window)
+    return _Box(tuple(low.tolist()), tuple((high - low).tolist()))
+
+
+def crop_to_volume(plan: WindowPlan, values: np.ndarray, start: Sequence[int]) -> SaliencyMap:
+    """A map over part of the padded volume, cut where that reaches beyond the volume itself."""
+    low = [s - lo for s, (lo, _) in zip(start, plan.padding, strict=True)]
+    first = [max(a, 0) for a in low]
+    last = [min(a + n, size) for a, n, size in zip(low, values.shape, plan.shape, strict=False)]
+    inside = tuple(slice(f - a, e - a) for f, e, a in zip(first, last, low, strict=True))
+    return SaliencyMap(values[inside], (first[0], first[1], first[2]))
+
+
+def _stream(
+    plan: WindowPlan, windows: "_Linearised", group: WindowGroup, box: _Box, linear: bool, chunk: int | None, memory: int | None
+) -> Iterator[tuple[Array, np.ndarray, np.ndarray]]:
+    """Chunks of rows over the group's box, `(K, *box, C)`, with their row numbers and weights."""
+    offsets = plan.starts[group.windows] - np.array(box.start, np.int32)
+    pulls = [windows[int(w)] for w in group.windows]
+    if linear:
+        # the sum of the rows is one pull-back of the summed cotangents
+        parts = []
+        for pull, local, share in zip(pulls, group.local, group.share, strict=True):
+            cotangent = np.zeros(plan.window, np.float32)
+            cotangent[tuple(local.T)] = share
+            parts.append(_pull_one(pull, cotangent)[None])
+        yield _place(parts, offsets, box.shape), group.index[:1], np.array([len(group.index)], np.float32)
+        return
+    size = chunk_size(pulls[0], plan.window, chunk, memory)
+    for first in range(0, len(group.index), size):
+        held = slice(first, first + size)
+        weight = np.ones(len(group.index[held]), np.float32)
+        parts = [
+            _pull_rows(pull, _fill(local[held], size), _fill(share[held], size), plan.window)
+            for pull, local, share in zip(pulls, group.local, group.share, strict=True)
+        ]
+        yield _place(parts, offsets, box.shape), _fill(group.index[held], size), _fill(weight, size)
+
+
+def _fill(array: np.ndarray, size: int) -> np.ndarray:
+    """Zeros behind the last rows, so that every chunk has the one compiled shape; a row with share 0 is a zero row."""
+    return np.pad(array, [(0, size - len(array))] + [(0, 0)] * (array.ndim - 1))
+
+
+def chunk_size(pull: Any, window: tuple[int, ...], chunk: int | None, memory: int | None) -> int:
+    """Rows to pull back together: `chunk` if given, else what is fast here and fits into `memory` bytes.
+
+    Raises InputError where `memory` holds fewer than the rows asked for.
+    """
+    needed = row_bytes(pull, window)
+    if memory is not None and memory < needed * (chunk or 1):
+        rows = f"a chunk of {chunk} rows" if chunk else "one row"
+        raise InputError(
+            f"--memory {memory / 2**20:.0f} MiB is too little: {rows} of this network takes {needed * (chunk or 1) / 2**20:.0f} MiB; "
+            f"give more memory{' or a smaller --chunk' if chunk else ''}"
+        )
+    if chunk is not None:
+        return chunk
+    budget = _CPU_WORKING_SET if jax.default_backend() == "cpu" else _device_budget()
+    if memory is not None:
+        budget = min(budget, memory)
+    return max(1, min(_MAX_CHUNK, budget // max(needed, 1)))
+
+
+def row_bytes(pull: Any, window: tuple[int, ...]) -> int:
+    """Bytes of temporaries and output that one row takes, as XLA plans them."""
+    leaves, treedef = jax.tree.flatten(pull)
+    return _row_bytes(treedef, tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in leaves), window)
+
+
+@lru_cache(maxsize=32)
+def _row_bytes(treedef: Any, leaves: tuple[jax.ShapeDtypeStruct, ...], window: tuple[int, ...]) -> int:
+    place = jax.ShapeDtypeStruct((1, len(window)), jnp.int32)
+    share = jax.ShapeDtypeStruct((1,), jnp.float32)
+    compiled = _pull_rows.lower(jax.tree.unflatten(treedef, leaves), place, share, window).compile()
+    analysis = compiled.memory_analysis()
+    return int(analysis.temp_size_in_bytes + analysis.output_size_in_bytes)
+
+
+def _device_budget() -> int:
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return max(int(stats.get("bytes_limit", 4 * 2**30)) // 2, 2**30)
+
+
+class _Linearised:
+    """Pull-backs of the windows of one volume, the last few kept."""
+
+    def __init__(self, predictor: StitchedPredictor, plan: WindowPlan, padded: Array) -> None:
+        self._predictor, self._plan, self._padded = predictor, plan, padded
+        self._kept: OrderedDict[int, Any] = OrderedDict()
+
+    def __getitem__(self, window: int) -> Any:
+        if window not in self._kept:
+            while len(self._kept) >= _LINEARISED:
+                self._kept.popitem(last=False)
+            p, start = self._predictor, self._plan.starts[window]
+            self._kept[window] = _linearise(p.logits_fn, self._padded, start, p.window, p.target_class)
+        self._kept.move_to_end(window)
+        return self._kept[window]
+
+
+@partial(jax.jit, static_argnums=(3, 4))
+def _linearise(logits_fn: LogitsFn, padded: Array, start: Array, window: tuple[int, ...], target_class: int) -> Any:
+    x = jax.lax.dynamic_slice(padded, (start[0], start[1], start[2], 0), (*window, padded.shape[-1]))
+    _, pull = jax.vjp(lambda x: logits_fn(x[None])[0, ..., target_class], x)
+    return pull
+
+
+@partial(jax.jit, static_argnums=3)
+def _pull_rows(pull: Any, local: Array, share: Array, window: tuple[int, ...]) -> Array:
+    def row(place: Array, value: Array) -> Array:
+        cotangent = jnp.zeros(window, jnp.float32).at[place[0], place[1], place[2]].set(value)
+        return pull(cotangent)[0]
+
+    return jax.vmap(row)(local, share)
+
+
+@jax.jit
+def _pull_one(pull: Any, cotangent: Array) -> Array:
+    return pull(cotangent)[0]
+
+
+def _place(parts: Sequence[Array], offsets: np.ndarray, shape: tuple[int, ...]) -> Array:
+    """The sum of the windows' parts, each at its offset in the box."""
+    if len(parts) == 1:
+        return parts[0]
+    rows = jnp.zeros((parts[0].shape[0], *shape, parts[0].shape[-1]), jnp.float32)
+    for part, offset in zip(parts, offsets, strict=True):
+        rows = _add_at(rows, part, offset)
+    return rows
+
+
+@partial(jax.jit, donate_argnums=0)
+def _add_at(rows: Array, part: Array, offset: Array) -> Array:
+    corner = (0, offset[0], offset[1], offset[2], 0)
+    return jax.lax.dynamic_update_slice(rows, jax.lax.dynamic_slice(rows, corner, part.shape) + part, corner)
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=1)
+def _update(aggregator: Aggregator, state: Any, rows: Array, index: Array, weight: Array, inner: Array) -> Any:
+    """Update the part of the state that lies in the rows' box; beyond it the rows are zero.
+
+    Leaves of an aggregator's state are scalars or have the map's shape, in which case the box is cut out of them.
+    """
+    corner = (inner[0], inner[1], inner[2], 0)
+    part = jax.tree.map(lambda a: jax.lax.dynamic_slice(a, corner, rows.shape[1:]) if a.ndim else a, state)
+    part = aggregator.update(part, rows, index, weight)
+    return jax.tree.map(lambda a, b: jax.lax.dynamic_update_slice(a, b, corner) if a.ndim else b, state, part)
