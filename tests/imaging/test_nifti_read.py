@@ -120,6 +120,16 @@ def test_check_header_does_not_decompress(tmp_path: Path) -> None:
         nifti.read(path)
 
 
+def test_length_of_a_compressed_file_beyond_4_gib(tmp_path: Path) -> None:
+    # A gzip file ends in its length modulo 2**32; here that of the 6.8 GB which the header announces.
+    shape = (1700, 1000, 1000)
+    path = save(tmp_path / "a.nii.gz", raw_nifti(dim=[3, *shape, 1, 1, 1, 1]))
+    with pytest.raises(InputError, match="truncated"):
+        nifti.check_header(path)
+    path.write_bytes(path.read_bytes()[:-4] + ((352 + 4 * 1700 * 10**6) % 2**32).to_bytes(4, "little"))
+    assert nifti.check_header(path).shape == shape
+
+
 @pytest.mark.parametrize("name", ["a.nii", "a.nii.gz"])
 @pytest.mark.parametrize("keep", [0.01, 0.3, 0.6, 0.99])
 def test_truncated(tmp_path: Path, name: str, keep: float) -> None:

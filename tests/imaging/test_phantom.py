@@ -10,6 +10,7 @@ from xaiseg.errors import InputError
 from xaiseg.imaging.phantom import Phantom, phantom
 
 SMALL = {"shape": (64, 72, 64), "spacing": 2.5}
+TINY = {"shape": (40, 48, 40), "spacing": 4.0}
 MEDIUM = {"shape": (80, 96, 80), "spacing": 2.0}
 SEEDS = (0, 1, 2)
 TOUCHING = ndimage.generate_binary_structure(3, 2)
@@ -33,13 +34,13 @@ def around(patient: Phantom, mask: np.ndarray, tissue: int) -> np.ndarray:
 
 
 def test_same_arguments_same_patient():
-    one, other = phantom(5, **SMALL), phantom(5, **SMALL)
+    one, other = phantom(5, **TINY), phantom(5, **TINY)
     for field in fields(Phantom):
         np.testing.assert_array_equal(getattr(one, field.name), getattr(other, field.name))
 
 
-def test_seeds_are_different_patients():
-    one, other = phantom(5, **SMALL), phantom(6, **SMALL)
+def test_seeds_are_different_patients(patients):
+    one, other = patients[:2]
     tissue = (one.tissue > 0) | (other.tissue > 0)
     assert (one.tissue != other.tissue)[tissue].mean() > 0.2  # another brain, not merely other noise
     assert not np.array_equal(one.lesions, other.lesions)
@@ -74,9 +75,13 @@ def test_zero_exactly_outside_the_brain(patients):
 
 def test_contrast_of_tissues(patients):
     for patient in patients:
-        flair = [np.median(patient.flair[normal(patient, tissue)]) for tissue in (CSF, WHITE, GREY)]
-        t1w = [np.median(patient.t1w[normal(patient, tissue)]) for tissue in (CSF, GREY, WHITE)]
-        assert flair[0] < 0.75 * flair[1] < 0.75 * flair[2]  # sulcal CSF is thin: partial volume raises it
+        clear = ~ndimage.binary_dilation(patient.tissue == CSF)  # the cortex beside a sulcus is darkened by its CSF
+        grey, white = normal(patient, GREY) & clear, normal(patient, WHITE) & clear
+        csf = normal(patient, CSF)
+        flair = [np.median(patient.flair[mask]) for mask in (csf, white, grey)]
+        t1w = [np.median(patient.t1w[mask]) for mask in (csf, grey, white)]
+        assert flair[0] < 0.85 * flair[1]  # most CSF is thin sulci: partial volume raises it
+        assert 1.02 < flair[2] / flair[1] < 1.35
         assert t1w[0] < 0.75 * t1w[1]
         assert t1w[1] < 0.92 * t1w[2]
 
@@ -114,18 +119,18 @@ def test_lesions_are_bright_on_flair_and_dark_on_t1w(patients):
 
 
 def test_lookalikes_are_bright_on_flair_only(patients):
+    t1w: dict[int, list[float]] = {CSF: [], GREY: [], WHITE: []}
     for patient in patients:
-        flair, t1w = [], []
-        for tissue in (CSF, GREY, WHITE):
+        for tissue, ratios in t1w.items():
             mask = (patient.lookalikes > 0) & (patient.tissue == tissue)
             reference = around(patient, mask, tissue)
-            flair.append(patient.flair[mask].mean() / patient.flair[reference].mean())
-            t1w.append(patient.t1w[mask].mean() / patient.t1w[reference].mean())
-        assert min(flair) > 1.0
-        assert np.mean(flair) > 1.2
-        assert np.mean(t1w) > 1.0  # lesions: below 0.95
+            assert patient.flair[mask].mean() > 1.04 * patient.flair[reference].mean()
+            ratios.append(patient.t1w[mask].mean() / patient.t1w[reference].mean())
         assert patient.lookalikes.max() >= 5
         assert not (patient.lesions.astype(bool) & patient.lookalikes.astype(bool)).any()
+    assert min(t1w[WHITE]) > 0.96  # true lesions lie in the same tissue: below 0.95 on average
+    assert np.mean(t1w[CSF]) > 1.0
+    assert np.mean(t1w[GREY]) > 0.93  # a handful of patches in a 3 mm ribbon: partial volume moves them by about 5 %
 
 
 def test_every_label_is_one_component_and_none_touch(patients):
@@ -140,11 +145,11 @@ def test_every_label_is_one_component_and_none_touch(patients):
 
 @pytest.mark.parametrize("n", [0, 1, 12])
 def test_number_of_lesions_is_respected(n):
-    assert abs(int(phantom(4, lesions=n, **SMALL).lesions.max()) - n) <= n // 6
+    assert abs(int(phantom(4, lesions=n, **TINY).lesions.max()) - n) <= n // 6
 
 
 def test_lesion_load_has_a_heavy_tail():
-    volumes = [np.bincount(phantom(seed, **SMALL).lesions.ravel())[1:] * 2.5**3 for seed in range(10, 15)]
+    volumes = [np.bincount(phantom(seed, **SMALL).lesions.ravel())[1:] * 2.5**3 for seed in range(10, 14)]
     together = np.concatenate(volumes)
     assert all(4 <= len(v) <= 25 for v in volumes)
     assert len({len(v) for v in volumes}) > 2

@@ -147,8 +147,10 @@ def _sulci(rng: Generator, points: Sequence[Array], domain: Array, step: float) 
     """Distance to the nearest sulcus, mm: the zero sheets of a narrow-band field that hardly varies along the depth."""
     k, phase = _waves(rng, GYRUS, 90)
     flat = np.stack([p[domain] for p in points])
-    flat[0] -= 18 * np.sign(flat[0])
+    side = np.sign(flat[0])
+    flat[0] -= 18 * side  # each hemisphere unfolds about its own centre
     flat *= (50 / np.maximum(np.linalg.norm(flat, axis=0), 8)) ** 0.75
+    flat[0] += 500 * side  # and has gyri of its own
     field = np.zeros(domain.shape, np.float32)
     for wave, shift in zip(k.astype(np.float32), phase.astype(np.float32), strict=True):
         field[domain] += np.cos(wave @ flat + shift)
@@ -285,7 +287,7 @@ def _lesions(rng: Generator, anatomy: Anatomy, white: Array, step: float, n: int
     sites = dict(zip(LESION_PLACES, _lesion_sites(anatomy, white, step), strict=True))
     labels = np.zeros(white.shape, np.int32)
     blends: list[Blend] = []
-    for _ in range(40 * n):
+    for _ in range(100 * n):
         if len(blends) == n:
             break
         place = str(rng.choice(list(LESION_PLACES), p=list(LESION_PLACES.values())))
@@ -404,7 +406,7 @@ def phantom(
 
     shape: voxels along x, y, z. spacing: mm, isotropic. A field of view below about 144 x 182 x 152 mm gets a
     proportionally smaller brain with smaller lesions. lesions: how many, drawn when None (4 to 25, median 10);
-    fewer where they do not fit.
+    fewer where they do not fit. Voxels above about 4 mm are too coarse for most look-alikes.
     Raises InputError for a shape, spacing or number of lesions that cannot be drawn.
     """
     if len(shape) != 3 or min(shape) < 24:

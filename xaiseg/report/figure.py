@@ -156,7 +156,7 @@ def lesion_figure(
     }
     gap, wide, left, top, right, foot = 8, 26, 52, 178, 150, 52
     panel = (1680 - left - right - gap * (len(backgrounds) - 3) - wide * 2) // len(backgrounds)
-    panel = min(max(panel, 220), 400)
+    panel = min(max(panel, 220), 420)
     lefts = [
         left + c * (panel + gap) + (wide - gap) * ((c >= 1) + (c >= saliency_from)) for c in range(len(backgrounds))
     ]

@@ -1,0 +1,112 @@
+"""Figures of one saliency map, and of the lesion it explains: the columns of the lesion table."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from scipy import ndimage
+
+from xaiseg._types import Info, Instance, SaliencyMap
+from xaiseg.cohort.segmentation import Segmentation, Target
+from xaiseg.imaging import Case, Grid
+
+RING_VOXELS = 2
+_NEIGHBOURS_18 = ndimage.generate_binary_structure(3, 2)
+
+LESION_COLUMNS = {
+    "case": "Case",
+    "subject": "BIDS subject label",
+    "session": "BIDS session label",
+    "lesion": "Label of the instance in desc-instances_dseg",
+    "group": "TP, FP or FN against the reference mask (at least one shared voxel); unlabelled without one",
+    "voxels": "Voxels of the instance",
+    "volume_mm3": "Volume in mm³",
+    "centroid_x_mm": "Centroid in world coordinates, to the right, mm",
+    "centroid_y_mm": "Centroid in world coordinates, to the front, mm",
+    "centroid_z_mm": "Centroid in world coordinates, upward, mm",
+    "overlap": "Voxels shared with the other side (reference or prediction)",
+    "iou": "Largest intersection over union with an instance of the other side",
+    "mean_probability": "Mean predicted lesion probability over the instance",
+    "max_probability": "Largest predicted lesion probability in the instance",
+}
+MAP_COLUMNS = {
+    "peak": "Largest value of the map",
+    "minimum": "Smallest value of the map",
+    "mean_inside": "Mean over the instance's voxels",
+    "mean_ring": f"Mean over the ring of {RING_VOXELS} voxels (18-connected) around the instance",
+    "positive_mass": "Sum of the positive values",
+    "negative_mass": "Sum of the negative values",
+    "peak_se": "Standard error of the peak over the noise samples",
+}
+METHOD_COLUMNS = {
+    "samples": "Noise samples averaged",
+    "windows": "Sliding windows that hold voxels of the instance",
+    "rows": "Backward passes through one window, per sample",
+    "seconds": "Time, a batch's total shared out by rows",
+}
+
+
+def lesion_row(
+    case: Case, grid: Grid, segmentation: Segmentation, target: Target, instance: Instance
+) -> dict[str, Any]:
+    """The columns of `LESION_COLUMNS` for one instance; missing ones are None."""
+    centroid = grid.to_world(instance.voxels.mean(0))
+    probability = segmentation.probability[tuple(instance.voxels.T)]
+    return {
+        "case": case.name,
+        "subject": case.subject,
+        "session": case.session,
+        "lesion": instance.label,
+        "group": target.groups[instance.label],
+        "voxels": len(instance.voxels),
+        "volume_mm3": len(instance.voxels) * grid.voxel_volume,
+        "centroid_x_mm": centroid[0],
+        "centroid_y_mm": centroid[1],
+        "centroid_z_mm": centroid[2],
+        "overlap": target.overlap.get(instance.label),
+        "iou": target.iou.get(instance.label),
+        "mean_probability": probability.mean(dtype=np.float64),
+        "max_probability": probability.max(),
+    }
+
+
+def map_row(prefix: str, names: Sequence[str], saliency: SaliencyMap, info: Info, instance: Instance) -> dict[str, Any]:
+    """The columns `PREFIX_NAME_measure` for each name, one per channel of the map, and `PREFIX_measure` of the method."""
+    local = instance.voxels - np.array(saliency.start)
+    inside = np.zeros(saliency.values.shape[:3], bool)
+    inside[tuple(local.T)] = True
+    ring = ndimage.binary_dilation(inside, _NEIGHBOURS_18, RING_VOXELS) & ~inside
+    row: dict[str, Any] = {}
+    for channel, name in enumerate(names):
+        values = saliency.values[..., channel].astype(np.float64)
+        peak = np.unravel_index(np.argmax(values), values.shape)
+        error = saliency.standard_error[..., channel][peak] if saliency.standard_error is not None else None
+        measures = {
+            "peak": values[peak],
+            "minimum": values.min(),
+            "mean_inside": values[inside].mean(),
+            "mean_ring": values[ring].mean() if ring.any() else None,
+            "positive_mass": values[values > 0].sum(),
+            "negative_mass": values[values < 0].sum(),
+            "peak_se": error,
+        }
+        row |= {_column(prefix, name, measure): value for measure, value in measures.items()}
+    row |= {f"{prefix}_samples": info.samples, f"{prefix}_windows": info.windows, f"{prefix}_rows": info.rows}
+    return row
+
+
+def describe_columns(methods: Mapping[str, tuple[Sequence[str], str]]) -> dict[str, dict[str, str]]:
+    """BIDS descriptions of all columns of the table. `methods`: prefix -> (names of the map's channels, unit)."""
+    described = {name: {"Description": text} for name, text in LESION_COLUMNS.items()}
+    for prefix, (names, unit) in methods.items():
+        for name in names:
+            for measure, text in MAP_COLUMNS.items():
+                described[_column(prefix, name, measure)] = {"Description": f"{text} ({prefix}, {name})", "Units": unit}
+        for measure, text in METHOD_COLUMNS.items():
+            entry = {"Description": f"{text} ({prefix})"}
+            described[f"{prefix}_{measure}"] = entry | ({"Units": "s"} if measure == "seconds" else {})
+    return described
+
+
+def _column(prefix: str, name: str, measure: str) -> str:
+    return f"{prefix}_{measure}" if name == prefix else f"{prefix}_{name}_{measure}"
