@@ -1,6 +1,5 @@
 """Segment and explain the cases of an input: preflight, segmentation, plan, explanation, tables."""
 
-import json
 import os
 import platform
 import sys
@@ -9,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from xaiseg.cohort.measures import LESION_COLUMNS, describe_columns, lesion_row,
 from xaiseg.cohort.output import OutputFolder
 from xaiseg.cohort.segmentation import Segmentation, Target, chosen_instances, segment_scan, target_of
 from xaiseg.errors import InputError
-from xaiseg.imaging import Case, Scan, load_scan, preflight, read_input, select_cases
+from xaiseg.imaging import Case, Scan, check_header, load_scan, preflight, read_input, select_cases
 from xaiseg.inference import StitchedPredictor
 from xaiseg.models import Model
 from xaiseg.report import lesion_figure
@@ -73,6 +73,7 @@ class _Work:
     instances: list[Instance] = field(default_factory=list)
     lesion_rows: list[dict[str, Any]] = field(default_factory=list)
     volume_shape: tuple[int, ...] = ()
+    present: int = 0
 
 
 def segment(model: Model, request: Request, say: Print = print) -> list[dict[str, Any]]:
@@ -86,7 +87,7 @@ def segment(model: Model, request: Request, say: Print = print) -> list[dict[str
     predictor = StitchedPredictor.of(model)
     output.begin()
     with _discarding(output), _bar(_window_count(predictor, cases, request), "window", "segmenting") as bar:
-        works = [work for work, _ in _segment_all(model, predictor, cases, request, output, bar, source="predicted")]
+        works = list(_segment_all(model, predictor, cases, request, output, bar, "predicted"))
         rows = [work.row for work in works]
         _finish(output, request, model, None, [], rows, started)
     for row in rows:
@@ -111,8 +112,7 @@ def explain(model: Model, request: Request, settings: Settings, say: Print = pri
     with _discarding(output):
         with _bar(_window_count(predictor, cases, request), "window", "segmenting") as bar:
             written = None if request.dry_run else output
-            segmented = list(_segment_all(model, predictor, cases, request, written, bar, request.instances))
-        works = [work for work, _ in segmented]
+            works = list(_segment_all(model, predictor, cases, request, written, bar, request.instances))
         if not any(work.instances for work in works):
             raise InputError(_nothing(works, request, model))
         units = _say_plan(works, methods, predictor, model, request, say)
@@ -154,7 +154,7 @@ def _segment_all(
     output: OutputFolder | None,
     bar: tqdm,
     source: str,
-) -> Iterator[tuple[_Work, Segmentation | None]]:
+) -> Iterator[_Work]:
     first_error: InputError | None = None
     succeeded = False
     for case in cases:
@@ -177,7 +177,7 @@ def _segment_all(
             if len(cases) > 1:
                 tqdm.write(f"{case.name}: failed: {error}", file=sys.stderr)
         work.row["seconds"] = time.perf_counter() - begun
-        yield work, None
+        yield work
     if not succeeded and first_error is not None:
         raise first_error
 
@@ -193,7 +193,9 @@ def _describe(work: _Work, scan: Scan, segmentation: Segmentation, target: Targe
     work.instances = chosen_instances(target, work.case.name, request.min_voxels, wanted)
     work.lesion_rows = [lesion_row(work.case, scan.grid, segmentation, target, i) for i in work.instances]
     work.volume_shape = scan.image.shape
-    work.row["present"] = len(target.groups)
+    work.present = len(target.groups)
+    if not work.instances:
+        work.row["status"] = "empty"
     if not segmentation.labels.any():
         work.row["message"] = "no voxel above the threshold"
 
@@ -281,7 +283,7 @@ def _say_plan(
     smallest = min(busy, key=lambda work: work.volume_shape)
     scan = load_scan(smallest.case, model.spec.channels, model.spec.orientation, request.resample)
     lesions = sum(len(work.instances) for work in busy)
-    left_out = sum(work.row.get("present", 0) for work in works) - lesions
+    left_out = sum(work.present for work in works) - lesions
     units, seconds = 0, 0.0
     lines = []
     for method in methods:
@@ -361,15 +363,13 @@ def _finish(
 
 def versions() -> dict[str, str]:
     """Versions of what results depend on."""
-    from importlib.metadata import version
-
     packages = ("jax", "jaxlib", "flax", "numpy", "scipy", "nibabel", "matplotlib")
     return {"xaiseg": __version__, "python": platform.python_version()} | {name: version(name) for name in packages}
 
 
 def _nothing(works: Sequence[_Work], request: Request, model: Model) -> str:
     where = works[0].case.name if len(works) == 1 else f"{len(works)} cases"
-    present = sum(work.row.get("present", 0) for work in works)
+    present = sum(work.present for work in works)
     if present:
         return (
             f"{where}: none of the {present} instances has {request.min_voxels} voxels or more, so there is nothing to explain; "
@@ -409,8 +409,6 @@ def _bar(total: int, unit: str, what: str) -> tqdm:
 
 
 def _window_count(predictor: StitchedPredictor, cases: Sequence[Case], request: Request) -> int:
-    from xaiseg.imaging import check_header
-
     return sum(len(predictor.plan(check_header(next(iter(case.images.values()))).shape).starts) for case in cases)
 
 

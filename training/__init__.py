@@ -1,0 +1,1 @@
+"""Train a segmentation network that `xaiseg` can explain: `python -m training --help`."""

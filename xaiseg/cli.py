@@ -1,0 +1,190 @@
+"""The `xaiseg` command."""
+
+import argparse
+import dataclasses
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from xaiseg._version import __version__
+from xaiseg.errors import InputError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status: 0 all done, 1 something failed, 2 wrong usage, 130 interrupted."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.run(arguments)
+    except InputError as error:
+        print(f"xaiseg: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("xaiseg: interrupted; nothing half-written was left", file=sys.stderr)
+        return 130
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    from xaiseg.checkpoints import convert, save_model
+
+    settings = {
+        name: getattr(arguments, name)
+        for name in ("window", "overlap", "threshold", "connectivity", "orientation", "target_class")
+        if getattr(arguments, name) is not None
+    }
+    model = convert(arguments.source, arguments.channels, **settings)
+    folder = save_model(arguments.model, model, arguments.overwrite)
+    spec = model.spec
+    print(f"{folder}: {spec.architecture}, {model.parameter_count:,} parameters, channels {', '.join(spec.channels)}")
+    print(
+        f"  window {'×'.join(map(str, spec.window))}, overlap {spec.overlap}, {spec.blending} blending, "
+        f"threshold {spec.threshold}, connectivity {spec.connectivity}, orientation {spec.orientation}"
+    )
+    return 0
+
+
+def _segment(arguments: argparse.Namespace) -> int:
+    from xaiseg.cohort import segment
+
+    return _status(segment(_model(arguments), _request(arguments)))
+
+
+def _explain(arguments: argparse.Namespace) -> int:
+    from xaiseg.cohort import Settings, explain
+
+    settings = Settings(
+        methods=tuple(dict.fromkeys(arguments.method or ["smoothgrad"])),
+        **{k: getattr(arguments, k) for k in ("aggregate", "samples", "noise", "layer", "seed", "chunk", "memory")},
+    )
+    return _status(explain(_model(arguments), _request(arguments), settings))
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from xaiseg.demo import run_demo
+
+    return _status(run_demo(arguments.out, arguments.cases, arguments.samples, arguments.overwrite))
+
+
+def _model(arguments: argparse.Namespace) -> Any:
+    from xaiseg.checkpoints import load_model
+
+    model = load_model(arguments.model)
+    return model if arguments.threshold is None else model.with_spec(threshold=arguments.threshold)
+
+
+def _request(arguments: argparse.Namespace) -> Any:
+    from xaiseg.cohort import Request
+
+    given = {f.name for f in dataclasses.fields(Request)} & set(vars(arguments))
+    return Request(**{name: getattr(arguments, name) for name in given})
+
+
+def _status(rows: Sequence[dict[str, Any]]) -> int:
+    return int(any(row["status"] == "failed" for row in rows))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("xaiseg", description="Explain 3-D segmentation networks lesion by lesion.")
+    parser.add_argument("--version", action="version", version=f"xaiseg {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    convert = _command(commands, "convert", _convert, "turn a trained PyTorch checkpoint into a model folder")
+    convert.add_argument("source", type=Path, metavar="SRC", help="a .pth file with the state dict of a MONAI UNet")
+    convert.add_argument("model", type=Path, metavar="OUT_MODEL", help="the model folder to write")
+    convert.add_argument("--channels", type=_names, metavar="A,B", help="input sequences in order (FLAIR,T1w for two channels)")
+    convert.add_argument("--window", type=_window, metavar="X,Y,Z", help="sides of the sliding window in voxels (96,96,96)")
+    convert.add_argument("--overlap", type=_fraction, help="overlap of windows, from 0 to below 1 (0.25)")
+    convert.add_argument("--threshold", type=_probability, help="on the lesion probability (0.3)")
+    convert.add_argument("--connectivity", type=int, choices=(6, 18, 26), help="of the instances (18)")
+    convert.add_argument(
+        "--orientation", metavar="CODES", help="axis codes the network was trained in, e.g. RAS (native: as files store them)"
+    )
+    convert.add_argument("--target-class", type=int, help="index of the lesion class in the logits (1)")
+    _overwrite(convert)
+
+    segment = _command(commands, "segment", _segment, "segment the lesions of every case")
+    _cohort(segment)
+
+    explain = _command(commands, "explain", _explain, "segment, then explain every lesion")
+    _cohort(explain)
+    explain.add_argument("--method", action="append", choices=("smoothgrad", "gradcam++"), help="may be given several times (smoothgrad)")
+    explain.add_argument("--aggregate", choices=("signed_max", "mean"), default="signed_max", help="of Jacobian rows (%(default)s)")
+    explain.add_argument("--samples", type=_positive, default=50, help="noise samples (%(default)s)")
+    explain.add_argument(
+        "--noise", type=_not_negative, default=0.05, help="σ as a fraction of the FLAIR intensity range (%(default)s); 0: plain gradient"
+    )
+    explain.add_argument(
+        "--instances",
+        choices=("predicted", "reference", "given"),
+        default="predicted",
+        help="what to explain: predicted lesions, those of the reference mask, or of the manifest's label map (%(default)s)",
+    )
+    explain.add_argument("--lesions", type=_numbers, metavar="3,7", help="only these labels, whatever their size")
+    explain.add_argument("--min-voxels", type=_positive, default=6, help="smaller instances are left out (%(default)s)")
+    explain.add_argument("--layer", help="tap for Grad-CAM++ (the model's default)")
+    explain.add_argument("--seed", type=_seed, default=0, help="of the noise (%(default)s)")
+    explain.add_argument("--chunk", type=_positive, help="Jacobian rows at once (what is fast and fits)")
+    explain.add_argument("--memory", type=_bytes, metavar="4G", help="bound on a chunk's temporaries and on the maps kept at once")
+    explain.add_argument("--dry-run", action="store_true", help="segment and print the plan; write nothing")
+
+    demo = _command(commands, "demo", _demo, "the built-in example: segment and explain unseen phantoms")
+    demo.add_argument("--out", type=Path, default=Path("xaiseg-demo"), help="folder to write (%(default)s)")
+    demo.add_argument("--cases", type=_positive, default=2, help="phantoms (%(default)s)")
+    demo.add_argument("--samples", type=_positive, default=8, help="noise samples (%(default)s)")
+    _overwrite(demo)
+    return parser
+
+
+def _command(commands: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _cohort(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("input", type=Path, metavar="INPUT", help="a BIDS folder, or a manifest TSV (case, one column per channel, …)")
+    parser.add_argument("output", type=Path, metavar="OUT", help="folder to write")
+    parser.add_argument("--model", type=Path, required=True, metavar="M", help="a model folder, see `xaiseg convert`")
+    parser.add_argument("--cases", type=_names, default=(), metavar="A,B", help="only these cases")
+    parser.add_argument("--threshold", type=_probability, help="on the lesion probability (the model's)")
+    parser.add_argument("--resample", action="store_true", help="bring other channels onto the first channel's grid")
+    _overwrite(parser)
+
+
+def _overwrite(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier run's files")
+
+
+def _checked(convert: Any, holds: Any, expected: str) -> Any:
+    def parse(text: str) -> Any:
+        try:
+            value = convert(text)
+        except ValueError:
+            value = None
+        if value is None or not holds(value):
+            raise argparse.ArgumentTypeError(f"{text!r}, expected {expected}")
+        return value
+
+    return parse
+
+
+_positive = _checked(int, lambda n: n > 0, "a positive integer")
+_seed = _checked(int, lambda n: 0 <= n < 2**31, "an integer from 0 to below 2³¹")
+_not_negative = _checked(float, lambda x: 0 <= x < float("inf"), "a number not below 0")
+_fraction = _checked(float, lambda x: 0 <= x < 1, "a number from 0 to below 1")
+_probability = _checked(float, lambda x: 0 < x < 1, "a number between 0 and 1")
+_names = _checked(lambda t: tuple(p.strip() for p in t.split(",")), all, "names separated by commas")
+_numbers = _checked(lambda t: tuple(int(p) for p in t.split(",")), lambda v: all(n > 0 for n in v), "labels separated by commas")
+_window = _checked(lambda t: [int(p) for p in t.split(",")], lambda v: len(v) == 3 and min(v) > 0, "three positive integers X,Y,Z")
+
+
+def _bytes(text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
+    if not match or float(match[1]) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected a size such as 500M or 4G")
+    return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
