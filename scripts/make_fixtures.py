@@ -73,7 +73,7 @@ def checkpoints() -> None:
         torch.save(net.state_dict(), FIXTURES / f"{name}.pth")
         x = volume(10 + seed, shape)
         np.savez_compressed(FIXTURES / f"{name}.npz", x=x, y=to_numpy(net.double()(to_torch(x))))
-    wrapped = {f"module.{name}": value for name, value in network(1, (4, 8)).state_dict().items()}
+    wrapped = {f"module._orig_mod.{name}": value for name, value in nets["unet_2d"][0].float().state_dict().items()}
     torch.save({"epoch": 3, "state_dict": wrapped}, FIXTURES / "unet_module_prefix.pth")
     residual = UNet(3, 2, 2, (2, 4), (2,), num_res_units=1, norm="batch")
     torch.save(residual.state_dict(), FIXTURES / "unet_residual.pth")
@@ -154,7 +154,7 @@ def gradcam_pp(net: torch.nn.Module) -> None:
 
 
 def window_shares(voxels: np.ndarray) -> list[tuple[tuple[int, ...], torch.Tensor]]:
-    """Per window its start and ∂y'/∂(its logits), by autograd through MONAI's stitching of networks that are constant."""
+    """Per window its start and ∂y'/∂(its logits), by autograd through MONAI's stitching of a constant."""
     parts: list[torch.Tensor] = []
 
     def record(window: torch.Tensor) -> torch.Tensor:

@@ -1,13 +1,11 @@
 """Everything that a training run depends on, besides its cases."""
 
-import ast
 import importlib
 import pkgutil
+import typing
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
-
-import jax
 
 import training.configs
 from xaiseg.checkpoints.folder import spec_from_dict
@@ -98,13 +96,13 @@ def load_config(name: str, settings: Sequence[str] = ()) -> Config:
     if name not in known:
         raise InputError(f"--config {name}: unknown; known are {', '.join(known)}: choose one")
     config: Config = importlib.import_module(f"training.configs.{name}").CONFIG
-    defaults = asdict(config)
+    kinds = {field.name: field.type for field in fields(Config)}
     changes = {}
     for setting in settings:
         field, sign, text = setting.partition("=")
-        if not sign or field not in defaults:
-            raise InputError(f"--set {setting}: expected FIELD=VALUE with a field among {', '.join(defaults)}: correct it")
-        changes[field] = _value(setting, text, defaults[field])
+        if not sign or field not in kinds:
+            raise InputError(f"--set {setting}: expected FIELD=VALUE with a field among {', '.join(kinds)}: correct it")
+        changes[field] = _value(setting, text, kinds[field])
     return check(replace(config, **changes))
 
 
@@ -115,7 +113,9 @@ def check(config: Config) -> Config:
             raise InputError(f"config: {name} is {sides}, expected three positive numbers of voxels: correct it")
     for name, seeds in (("phantoms", config.phantoms), ("validation_phantoms", config.validation_phantoms)):
         if seeds and not (len(seeds) == 2 and 0 <= seeds[0] < seeds[1]):
-            raise InputError(f"config: {name} is {seeds}, expected two seeds, the first and one past the last: correct it")
+            raise InputError(
+                f"config: {name} is {seeds}, expected two seeds, the first and one past the last: correct it"
+            )
     at_least_one = ("batch", "steps", "validate_every", "checkpoint_every", "log_every")
     shares = ("positive_fraction", "flips", "quarter_turns", "affine", "intensity")
     rules = [(name, getattr(config, name) >= 1, "1 or more") for name in at_least_one]
@@ -139,10 +139,12 @@ def check(config: Config) -> Config:
     return config
 
 
-def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """The entries in which two descriptions of runs differ, each as a phrase."""
-    return [f"{k} was {old.get(k)!r} and is {new.get(k)!r}" for k in {**old, **new} if old.get(k) != new.get(k)]
-
-
-def as_json(config: Config) -> dict[str, Any]:
-    return jax.tree.map(lambda v: v, {f.name: _plain(getattr(config, f.name)) for f in fields(config)})
+def _value(setting: str, text: str, kind: Any) -> Any:
+    """`text` as a value of a field's type: a str, int or float, or a tuple of them, separated by commas."""
+    try:
+        if typing.get_origin(kind) is not tuple:
+            return kind(text)
+        element = typing.get_args(kind)[0]
+        return tuple(element(part.strip()) for part in text.strip("()").split(",") if part.strip())
+    except ValueError as error:
+        raise InputError(f"--set {setting}: expected {kind}, as 1 or 64,64,64: correct it") from error

@@ -1,5 +1,61 @@
-"""Explain 3-D segmentation networks lesion by lesion."""
+"""Explain 3-D segmentation networks lesion by lesion.
 
+>>> import jax, xaiseg
+>>> model = xaiseg.load_model("my_model")                                      # doctest: +SKIP
+>>> predictor = xaiseg.StitchedPredictor.of(model)                             # doctest: +SKIP
+>>> case = xaiseg.read_input("my_bids_folder", model.spec.channels)[0]         # doctest: +SKIP
+>>> image = xaiseg.load_scan(case, model.spec.channels).image                  # doctest: +SKIP
+>>> probability = predictor.probability(predictor(image))                      # doctest: +SKIP
+>>> lesions = xaiseg.instances_of(xaiseg.label_components(probability > 0.3))   # doctest: +SKIP
+>>> explain = xaiseg.smoothgrad(samples=50, noise=0.05)                        # doctest: +SKIP
+>>> maps, infos = explain(jax.random.key(0), predictor, image, lesions)        # doctest: +SKIP
+"""
+
+from xaiseg._types import Aggregator, Explainer, Info, Instance, LogitsFn, SaliencyMap, TappedFn
 from xaiseg._version import __version__
+from xaiseg.checkpoints import convert, load_model, save_model
+from xaiseg.cohort import Request, Settings, explain, segment
+from xaiseg.errors import InputError
+from xaiseg.imaging import Case, Scan, load_scan, read_input
+from xaiseg.inference import StitchedPredictor
+from xaiseg.instances import instances_of, label_components, match_instances
+from xaiseg.models import Model, ModelSpec, UNet
+from xaiseg.report import lesion_figure
+from xaiseg.saliency import gradcam_pp, jacobian_rows, mean, noisy_mean, signed_max, smoothgrad
 
-__all__ = ["__version__"]
+__all__ = [
+    "Aggregator",
+    "Case",
+    "Explainer",
+    "Info",
+    "InputError",
+    "Instance",
+    "LogitsFn",
+    "Model",
+    "ModelSpec",
+    "Request",
+    "SaliencyMap",
+    "Scan",
+    "Settings",
+    "StitchedPredictor",
+    "TappedFn",
+    "UNet",
+    "__version__",
+    "convert",
+    "explain",
+    "gradcam_pp",
+    "instances_of",
+    "jacobian_rows",
+    "label_components",
+    "lesion_figure",
+    "load_model",
+    "load_scan",
+    "match_instances",
+    "mean",
+    "noisy_mean",
+    "read_input",
+    "save_model",
+    "segment",
+    "signed_max",
+    "smoothgrad",
+]

@@ -63,7 +63,13 @@ class Explainer(Protocol):
     """
 
     def __call__(
-        self, key: Array, predictor: Any, image: Array, instances: Sequence[Instance], *, progress: Progress | None = None
+        self,
+        key: Array,
+        predictor: Any,
+        image: Array,
+        instances: Sequence[Instance],
+        *,
+        progress: Progress | None = None,
     ) -> tuple[list[SaliencyMap], list[Info]]: ...
 
 

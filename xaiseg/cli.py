@@ -92,13 +92,19 @@ def _parser() -> argparse.ArgumentParser:
     convert = _command(commands, "convert", _convert, "turn a trained PyTorch checkpoint into a model folder")
     convert.add_argument("source", type=Path, metavar="SRC", help="a .pth file with the state dict of a MONAI UNet")
     convert.add_argument("model", type=Path, metavar="OUT_MODEL", help="the model folder to write")
-    convert.add_argument("--channels", type=_names, metavar="A,B", help="input sequences in order (FLAIR,T1w for two channels)")
-    convert.add_argument("--window", type=_window, metavar="X,Y,Z", help="sides of the sliding window in voxels (96,96,96)")
+    convert.add_argument(
+        "--channels", type=_names, metavar="A,B", help="input sequences in order (FLAIR,T1w for two channels)"
+    )
+    convert.add_argument(
+        "--window", type=_window, metavar="X,Y,Z", help="sides of the sliding window in voxels (96,96,96)"
+    )
     convert.add_argument("--overlap", type=_fraction, help="overlap of windows, from 0 to below 1 (0.25)")
     convert.add_argument("--threshold", type=_probability, help="on the lesion probability (0.3)")
     convert.add_argument("--connectivity", type=int, choices=(6, 18, 26), help="of the instances (18)")
     convert.add_argument(
-        "--orientation", metavar="CODES", help="axis codes the network was trained in, e.g. RAS (native: as files store them)"
+        "--orientation",
+        metavar="CODES",
+        help="axis codes the network was trained in, e.g. RAS (native: as files store them)",
     )
     convert.add_argument("--target-class", type=int, help="index of the lesion class in the logits (1)")
     _overwrite(convert)
@@ -108,11 +114,18 @@ def _parser() -> argparse.ArgumentParser:
 
     explain = _command(commands, "explain", _explain, "segment, then explain every lesion")
     _cohort(explain)
-    explain.add_argument("--method", action="append", choices=("smoothgrad", "gradcam++"), help="may be given several times (smoothgrad)")
-    explain.add_argument("--aggregate", choices=("signed_max", "mean"), default="signed_max", help="of Jacobian rows (%(default)s)")
+    explain.add_argument(
+        "--method", action="append", choices=("smoothgrad", "gradcam++"), help="may be given several times (smoothgrad)"
+    )
+    explain.add_argument(
+        "--aggregate", choices=("signed_max", "mean"), default="signed_max", help="of Jacobian rows (%(default)s)"
+    )
     explain.add_argument("--samples", type=_positive, default=50, help="noise samples (%(default)s)")
     explain.add_argument(
-        "--noise", type=_not_negative, default=0.05, help="σ as a fraction of the FLAIR intensity range (%(default)s); 0: plain gradient"
+        "--noise",
+        type=_not_negative,
+        default=0.05,
+        help="σ as a fraction of the FLAIR intensity range (%(default)s); 0: plain gradient",
     )
     explain.add_argument(
         "--instances",
@@ -125,7 +138,9 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--layer", help="tap for Grad-CAM++ (the model's default)")
     explain.add_argument("--seed", type=_seed, default=0, help="of the noise (%(default)s)")
     explain.add_argument("--chunk", type=_positive, help="Jacobian rows at once (what is fast and fits)")
-    explain.add_argument("--memory", type=_bytes, metavar="4G", help="bound on a chunk's temporaries and on the maps kept at once")
+    explain.add_argument(
+        "--memory", type=_bytes, metavar="4G", help="bound on a chunk's temporaries and on the maps kept at once"
+    )
     explain.add_argument("--dry-run", action="store_true", help="segment and print the plan; write nothing")
 
     demo = _command(commands, "demo", _demo, "the built-in example: segment and explain unseen phantoms")
@@ -143,7 +158,9 @@ def _command(commands: Any, name: str, run: Any, text: str) -> argparse.Argument
 
 
 def _cohort(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("input", type=Path, metavar="INPUT", help="a BIDS folder, or a manifest TSV (case, one column per channel, …)")
+    parser.add_argument(
+        "input", type=Path, metavar="INPUT", help="a BIDS folder, or a manifest TSV (case, one column per channel, …)"
+    )
     parser.add_argument("output", type=Path, metavar="OUT", help="folder to write")
     parser.add_argument("--model", type=Path, required=True, metavar="M", help="a model folder, see `xaiseg convert`")
     parser.add_argument("--cases", type=_names, default=(), metavar="A,B", help="only these cases")
@@ -175,8 +192,12 @@ _not_negative = _checked(float, lambda x: 0 <= x < float("inf"), "a number not b
 _fraction = _checked(float, lambda x: 0 <= x < 1, "a number from 0 to below 1")
 _probability = _checked(float, lambda x: 0 < x < 1, "a number between 0 and 1")
 _names = _checked(lambda t: tuple(p.strip() for p in t.split(",")), all, "names separated by commas")
-_numbers = _checked(lambda t: tuple(int(p) for p in t.split(",")), lambda v: all(n > 0 for n in v), "labels separated by commas")
-_window = _checked(lambda t: [int(p) for p in t.split(",")], lambda v: len(v) == 3 and min(v) > 0, "three positive integers X,Y,Z")
+_numbers = _checked(
+    lambda t: tuple(int(p) for p in t.split(",")), lambda v: all(n > 0 for n in v), "labels separated by commas"
+)
+_window = _checked(
+    lambda t: [int(p) for p in t.split(",")], lambda v: len(v) == 3 and min(v) > 0, "three positive integers X,Y,Z"
+)
 
 
 def _bytes(text: str) -> int:

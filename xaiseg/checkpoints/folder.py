@@ -61,7 +61,9 @@ def load_model(folder: str | Path) -> Model:
         raise
     except Exception as error:  # Orbax raises many kinds for a damaged checkpoint; each means the same to the user
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"{folder}/parameters: cannot be read ({first[:200]}); convert or train the model again") from error
+        raise InputError(
+            f"{folder}/parameters: cannot be read ({first[:200]}); convert or train the model again"
+        ) from error
     return Model(spec, variables)
 
 
@@ -69,7 +71,9 @@ def model_hash(model: Model) -> str:
     """SHA-256 over architecture and parameters: the same for the same network wherever it is stored."""
     digest = hashlib.sha256()
     digest.update(json.dumps([model.spec.architecture, model.spec.options], sort_keys=True).encode())
-    for path, leaf in sorted((jax.tree_util.keystr(p), v) for p, v in jax.tree_util.tree_leaves_with_path(model.variables)):
+    for path, leaf in sorted(
+        (jax.tree_util.keystr(p), v) for p, v in jax.tree_util.tree_leaves_with_path(model.variables)
+    ):
         digest.update(path.encode())
         digest.update(np.ascontiguousarray(leaf).tobytes())
     return digest.hexdigest()
@@ -102,9 +106,15 @@ def spec_from_dict(content: dict[str, Any], source: str) -> ModelSpec:
     spec = ModelSpec(**content)
     rules = [
         (spec.architecture in NETWORKS, "architecture", f"one of {', '.join(NETWORKS)}"),
-        (isinstance(spec.channels, tuple) and len(set(spec.channels)) == len(spec.channels) > 0, "channels", "different names"),
         (
-            isinstance(spec.window, tuple) and len(spec.window) == 3 and all(isinstance(n, int) and n > 0 for n in spec.window),
+            isinstance(spec.channels, tuple) and len(set(spec.channels)) == len(spec.channels) > 0,
+            "channels",
+            "different names",
+        ),
+        (
+            isinstance(spec.window, tuple)
+            and len(spec.window) == 3
+            and all(isinstance(n, int) and n > 0 for n in spec.window),
             "window",
             "three positive integers",
         ),
@@ -138,7 +148,9 @@ def _check_tree(found: Any, expected: Any, folder: Path) -> None:
     shapes = {jax.tree_util.keystr(p): tuple(v.shape) for p, v in jax.tree_util.tree_leaves_with_path(_plain(found))}
     wanted = {jax.tree_util.keystr(p): tuple(v.shape) for p, v in jax.tree_util.tree_leaves_with_path(expected)}
     problems = [f"missing {k}" for k in wanted if k not in shapes] + [f"unknown {k}" for k in shapes if k not in wanted]
-    problems += [f"{k} has shape {shapes[k]}, expected {wanted[k]}" for k in wanted if shapes.get(k, wanted[k]) != wanted[k]]
+    problems += [
+        f"{k} has shape {shapes[k]}, expected {wanted[k]}" for k in wanted if shapes.get(k, wanted[k]) != wanted[k]
+    ]
     if problems:
         raise InputError(f"{folder}/parameters: do not fit the network of model.json: {'; '.join(problems)}")
 

@@ -34,13 +34,17 @@ def read(state: Mapping[str, np.ndarray], source: str) -> tuple[dict[str, Any], 
         levels += 1
     bottom = f"{_path(levels)}.conv.weight"
     if levels == 0 or bottom not in state:
-        raise InputError(f"{source}: not a complete MONAI UNet, {'model.0.conv.weight' if levels == 0 else bottom} is missing")
+        raise InputError(
+            f"{source}: not a complete MONAI UNet, {'model.0.conv.weight' if levels == 0 else bottom} is missing"
+        )
 
     channels = [state[f"{_path(level)}.0.conv.weight"].shape[0] for level in range(levels)] + [state[bottom].shape[0]]
     top = state["model.0.conv.weight"]
     up = state.get("model.2.conv.weight")
     if up is None or top.ndim not in (4, 5):
-        raise InputError(f"{source}: not a complete MONAI UNet, model.2.conv.weight is missing or its rank is not 4 or 5")
+        raise InputError(
+            f"{source}: not a complete MONAI UNet, model.2.conv.weight is missing or its rank is not 4 or 5"
+        )
     if "model.0.adn.N.running_mean" in state:
         norm = "batch"
     elif "model.0.adn.N.weight" in state:

@@ -96,7 +96,15 @@ def build_methods(model: Model, settings: Settings) -> list[Method]:
             used = {"layer": layer, "form": "paper", "target": "sum of the instance's blended logits"}
             methods.append(
                 Method(
-                    name, "gradcampp", title, gradcam_pp(layer=layer), ("gradcampp",), "arbitrary units", False, used, model
+                    name,
+                    "gradcampp",
+                    title,
+                    gradcam_pp(layer=layer),
+                    ("gradcampp",),
+                    "arbitrary units",
+                    False,
+                    used,
+                    model,
                 )
             )
         else:

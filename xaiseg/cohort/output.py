@@ -135,7 +135,10 @@ class OutputFolder:
             "SourceDatasets": [{"URL": str(log["input"])}],
         }
         self.json(self.root / "dataset_description.json", description)
-        self.text(self.root / ".bidsignore", "*_saliency.*\n*.png\nlogs/\nlesions.*\ncases.tsv\nsummary.*\n**/*_desc-lesions.tsv\n")
+        self.text(
+            self.root / ".bidsignore",
+            "*_saliency.*\n*.png\nlogs/\nlesions.*\ncases.*\n**/*_desc-lesions.tsv\n",
+        )
         self.json(self.root / _LOG, {**log, "files": sorted(str(f.relative_to(self.root)) for f in self._files)})
 
     def _write(self, path: Path, write: Any) -> None:

@@ -20,14 +20,14 @@ from xaiseg._types import Instance, SaliencyMap
 from xaiseg._version import __version__
 from xaiseg.checkpoints import model_hash
 from xaiseg.cohort.explaining import Method, Settings, build_methods, case_key, explain_scan, seconds_per_row
-from xaiseg.cohort.measures import LESION_COLUMNS, describe_columns, lesion_row, map_row
+from xaiseg.cohort.measures import describe_columns, lesion_row, map_row
 from xaiseg.cohort.output import OutputFolder
 from xaiseg.cohort.segmentation import Segmentation, Target, chosen_instances, segment_scan, target_of
 from xaiseg.errors import InputError
 from xaiseg.imaging import Case, Scan, check_header, load_scan, preflight, read_input, select_cases
 from xaiseg.inference import StitchedPredictor
 from xaiseg.models import Model
-from xaiseg.report import lesion_figure
+from xaiseg.report import lesion_figure, summary_figure
 
 CASE_COLUMNS = {
     "case": "Case",
@@ -123,7 +123,7 @@ def explain(model: Model, request: Request, settings: Settings, say: Print = pri
                 if work.instances:
                     with _recording(work, output):
                         _explain_case(work, methods, predictor, model, settings, request, output, bar)
-        _write_lesions(output, works, methods)
+        _write_lesions(output, works, methods, model, say)
         for method in methods:
             _write_sidecar(output, method, model)
         rows = [work.row for work in works]
@@ -139,9 +139,13 @@ def _prepare(model: Model, request: Request) -> tuple[list[Case], OutputFolder]:
     if request.cases:
         cases = select_cases(cases, request.cases)
     if request.instances == "reference" and (lacking := [c.name for c in cases if c.reference is None]):
-        raise InputError(f"{lacking[0]}: has no reference mask, which --instances reference needs; add it, or select others by --cases")
+        raise InputError(
+            f"{lacking[0]}: has no reference mask, which --instances reference needs; add it, or select others by --cases"
+        )
     if request.instances == "given" and (lacking := [c.name for c in cases if c.instances is None]):
-        raise InputError(f"{lacking[0]}: has no label map, which --instances given needs; add a column 'instances' to the manifest")
+        raise InputError(
+            f"{lacking[0]}: has no label map, which --instances given needs; add a column 'instances' to the manifest"
+        )
     preflight(cases, channels, request.resample)
     return cases, OutputFolder(request.output, request.overwrite)
 
@@ -200,7 +204,9 @@ def _describe(work: _Work, scan: Scan, segmentation: Segmentation, target: Targe
         work.row["message"] = "no voxel above the threshold"
 
 
-def _write_segmentation(output: OutputFolder, case: Case, scan: Scan, segmentation: Segmentation, target: Target) -> None:
+def _write_segmentation(
+    output: OutputFolder, case: Case, scan: Scan, segmentation: Segmentation, target: Target
+) -> None:
     output.volume(output.path(case, "space-orig_label-L_probseg.nii.gz"), scan, segmentation.probability)
     output.volume(output.path(case, "space-orig_label-L_mask.nii.gz"), scan, (segmentation.labels > 0).astype(np.uint8))
     labels = target.labels.astype(np.int16 if target.labels.max() < 2**15 else np.int32)
@@ -249,7 +255,9 @@ def trim(saliency: SaliencyMap) -> SaliencyMap:
     return SaliencyMap(saliency.values[box], (x, y, z))
 
 
-def _draw(path: Path, *, scan: Scan, instance: Instance, saliency: SaliencyMap, method: Method, row: dict[str, Any]) -> None:
+def _draw(
+    path: Path, *, scan: Scan, instance: Instance, saliency: SaliencyMap, method: Method, row: dict[str, Any]
+) -> None:
     shape = scan.image.shape[:3]
     mask = np.zeros(shape, bool)
     mask[tuple(instance.voxels.T)] = True
@@ -276,7 +284,12 @@ def _draw(path: Path, *, scan: Scan, instance: Instance, saliency: SaliencyMap, 
 
 
 def _say_plan(
-    works: Sequence[_Work], methods: Sequence[Method], predictor: StitchedPredictor, model: Model, request: Request, say: Print
+    works: Sequence[_Work],
+    methods: Sequence[Method],
+    predictor: StitchedPredictor,
+    model: Model,
+    request: Request,
+    say: Print,
 ) -> int:
     """Print what is about to be done and what it will take; returns the units of the progress bar."""
     busy = [work for work in works if work.instances]
@@ -310,10 +323,31 @@ def _columns(methods: Sequence[Method]) -> list[str]:
     return list(describe_columns({m.key: (m.names, m.unit) for m in methods}))
 
 
-def _write_lesions(output: OutputFolder, works: Sequence[_Work], methods: Sequence[Method]) -> None:
+def _write_lesions(
+    output: OutputFolder, works: Sequence[_Work], methods: Sequence[Method], model: Model, say: Print
+) -> None:
     rows = [row for work in works if work.row["status"] == "done" for row in work.lesion_rows]
     output.table(output.root / "lesions.tsv", _columns(methods), rows)
     output.json(output.root / "lesions.json", describe_columns({m.key: (m.names, m.unit) for m in methods}))
+    channels = model.spec.channels
+    for method in methods:
+        if method.names == channels:
+            peaks = [{**row, **{f"peak_{c}": row[f"{method.key}_{c}_peak"] for c in channels}} for row in rows]
+            output.figure(
+                output.root / f"desc-{method.key}_summary.png",
+                lambda path, peaks=peaks, unit=method.unit: summary_figure(peaks, channels, path, unit=unit),
+            )
+            for line in _group_lines(peaks, channels):
+                say(line)
+
+
+def _group_lines(rows: Sequence[dict[str, Any]], channels: Sequence[str]) -> Iterator[str]:
+    """Median peak saliency by group and channel, for the reader of the terminal."""
+    for group in ("TP", "FP", "FN", "unlabelled"):
+        members = [row for row in rows if row["group"] == group]
+        if members:
+            medians = ", ".join(f"{c} {np.median([row[f'peak_{c}'] for row in members]):+.3g}" for c in channels)
+            yield f"{group}: {len(members)} lesion{'s' * (len(members) > 1)}, median peak saliency {medians}"
 
 
 def _write_sidecar(output: OutputFolder, method: Method, model: Model) -> None:

@@ -69,13 +69,17 @@ def target_of(source: str, segmentation: Segmentation, scan: Scan, case: Case) -
     """
     if source == "reference":
         if segmentation.reference is None or segmentation.matching is None:
-            raise InputError(f"{case.name}: has no reference mask; add a column 'reference', or use --instances predicted")
+            raise InputError(
+                f"{case.name}: has no reference mask; add a column 'reference', or use --instances predicted"
+            )
         labels, matches = segmentation.reference, segmentation.matching.reference
     elif source == "given":
         if case.instances is None:
             raise InputError(f"{case.name}: has no label map; add a column 'instances', or use --instances predicted")
         labels = scan.labels(case.instances)
-        matches = match_instances(labels, segmentation.reference).predicted if segmentation.reference is not None else {}
+        matches = (
+            match_instances(labels, segmentation.reference).predicted if segmentation.reference is not None else {}
+        )
     else:
         labels = segmentation.labels
         matches = segmentation.matching.predicted if segmentation.matching is not None else {}

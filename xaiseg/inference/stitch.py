@@ -55,7 +55,9 @@ class StitchedPredictor:
     def __call__(self, x: Array, progress: WindowDone | None = None) -> Array:
         plan = self.plan(x.shape)
         padded = pad(x, plan)
-        classes = jax.eval_shape(self.logits_fn, jax.ShapeDtypeStruct((1, *self.window, x.shape[-1]), x.dtype)).shape[-1]
+        classes = jax.eval_shape(self.logits_fn, jax.ShapeDtypeStruct((1, *self.window, x.shape[-1]), x.dtype)).shape[
+            -1
+        ]
         total = jnp.zeros((*plan.padded_shape, classes), x.dtype)
         weight = jnp.asarray(plan.weight, x.dtype)
         if self.scan:
@@ -96,4 +98,3 @@ def _add_window(logits_fn: LogitsFn, padded: Array, weight: Array, total: Array,
 
 
 _add_window_jit = partial(jax.jit, donate_argnums=3)(_add_window)
-

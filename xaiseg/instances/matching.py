@@ -45,7 +45,9 @@ class Matching:
         return {"TP": groups.count("TP"), "FP": groups.count("FP"), "FN": missed}
 
 
-def match_instances(predicted: np.ndarray, reference: np.ndarray, rule: str = "overlap", threshold: float = 0.25) -> Matching:
+def match_instances(
+    predicted: np.ndarray, reference: np.ndarray, rule: str = "overlap", threshold: float = 0.25
+) -> Matching:
     """Match two label maps `(X, Y, Z)`. `threshold` is the IoU that rule `iou` asks for; rule `overlap` ignores it."""
     if rule not in RULES:
         raise ValueError(f"rule is {rule!r}, known are {', '.join(RULES)}")

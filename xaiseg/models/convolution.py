@@ -65,7 +65,7 @@ def conv_transpose(
 
 
 def _platform() -> str:
-    device = jax.config.jax_default_device
+    device = jax.config.jax_default_device  # type: ignore[attr-defined]
     return getattr(device, "platform", device) or jax.default_backend()
 
 

@@ -37,9 +37,7 @@ class UNet(nn.Module):
     ndim: int = 3
 
     @nn.compact
-    def __call__(
-        self, x: Array, offsets: Mapping[str, Array] | None = None, train: bool = False
-    ) -> tuple[Array, Taps]:
+    def __call__(self, x: Array, offsets: Mapping[str, Array] | None = None, train: bool = False) -> tuple[Array, Taps]:
         """Logits `(N, *spatial, out_channels)` and the named taps for `x` `(N, *spatial, C)`.
 
         Each side of the grid must be a multiple of the product of its strides. Taps are `encoder{i}.conv`, `bottleneck.conv` and
@@ -48,13 +46,17 @@ class UNet(nn.Module):
         respect to a zero offset is the gradient at that layer.
         """
         if len(self.strides) != len(self.channels) - 1:
-            raise ValueError(f"{len(self.channels)} channels need {len(self.channels) - 1} strides, not {len(self.strides)}")
+            raise ValueError(
+                f"{len(self.channels)} channels need {len(self.channels) - 1} strides, not {len(self.strides)}"
+            )
         if self.norm not in NORMS:
             raise ValueError(f"norm is {self.norm!r}; known are {', '.join(NORMS)}")
         steps = [self._per_axis(s) for s in self.strides]
         factors = [math.prod(axis) for axis in zip(*steps, strict=True)]
         if any(n % f for n, f in zip(x.shape[1:-1], factors, strict=True)):
-            raise ValueError(f"a grid of {x.shape[1:-1]} cannot be halved evenly: each side must be a multiple of {factors}")
+            raise ValueError(
+                f"a grid of {x.shape[1:-1]} cannot be halved evenly: each side must be a multiple of {factors}"
+            )
         taps: Taps = {}
 
         def tap(name: str, value: Array) -> Array:

@@ -29,7 +29,7 @@ AGGREGATORS = {"signed_max": signed_max, "mean": mean}
 
 class _Mean(NamedTuple):
     total: Array
-    count: Array
+    rows: Array
 
 
 def _mean_init(shape: tuple[int, ...]) -> _Mean:
@@ -37,11 +37,11 @@ def _mean_init(shape: tuple[int, ...]) -> _Mean:
 
 
 def _mean_update(state: _Mean, rows: Array, index: Array, weight: Array) -> _Mean:
-    return _Mean(state.total + rows.sum(0), state.count + weight.sum())
+    return _Mean(state.total + rows.sum(0), state.rows + weight.sum())
 
 
 def _mean_finalize(state: _Mean) -> Array:
-    return state.total / state.count
+    return state.total / state.rows
 
 
 class _SignedMax(NamedTuple):

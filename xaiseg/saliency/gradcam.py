@@ -29,13 +29,18 @@ def gradcam_pp(*, layer: str) -> Explainer:
     """
 
     def explain(
-        key: Array, predictor: StitchedPredictor, image: Array, instances: Sequence[Instance], *, progress: Progress | None = None
+        key: Array,
+        predictor: StitchedPredictor,
+        image: Array,
+        instances: Sequence[Instance],
+        *,
+        progress: Progress | None = None,
     ) -> tuple[list[SaliencyMap], list[Info]]:
         if predictor.tapped_fn is None:
             raise ValueError("Grad-CAM++ needs a network with taps: give the predictor a tapped_fn")
         plan = predictor.plan(image.shape)
         padded = pad(image, plan)
-        tap = _tap_shape(predictor, layer, image.shape[-1])
+        tap = _tap_shape(predictor.tapped_fn, layer, (1, *predictor.window, image.shape[-1]))
         maps, infos = [], []
         for instance in instances:
             local, share = plan.coverage(instance.voxels)
@@ -76,9 +81,8 @@ def _cotangent(plan: WindowPlan, local: np.ndarray, share: np.ndarray) -> np.nda
     return cotangent
 
 
-def _tap_shape(predictor: StitchedPredictor, layer: str, channels: int) -> tuple[int, ...]:
-    x = jax.ShapeDtypeStruct((1, *predictor.window, channels), jnp.float32)
-    _, taps = jax.eval_shape(predictor.tapped_fn, x, {})
+def _tap_shape(tapped_fn: TappedFn, layer: str, window: tuple[int, ...]) -> tuple[int, ...]:
+    _, taps = jax.eval_shape(tapped_fn, jax.ShapeDtypeStruct(window, jnp.float32), {})
     if layer not in taps:
         raise ValueError(f"no tap {layer!r} in this network; it has {', '.join(taps)}")
     return taps[layer].shape
@@ -86,7 +90,13 @@ def _tap_shape(predictor: StitchedPredictor, layer: str, channels: int) -> tuple
 
 @partial(jax.jit, static_argnums=(4, 5, 6))
 def _window_cam(
-    tapped_fn: TappedFn, padded: Array, start: Array, cotangent: Array, layer: str, tap: tuple[int, ...], target_class: int
+    tapped_fn: TappedFn,
+    padded: Array,
+    start: Array,
+    cotangent: Array,
+    layer: str,
+    tap: tuple[int, ...],
+    target_class: int,
 ) -> tuple[Array, Array, Array]:
     window = cotangent.shape
     x = jax.lax.dynamic_slice(padded, (start[0], start[1], start[2], 0), (*window, padded.shape[-1]))

@@ -23,7 +23,12 @@ def noisy_mean(base: Explainer, *, samples: int, noise: float, reference_channel
         raise ValueError(f"samples must be at least 1 and noise at least 0, not {samples} and {noise}")
 
     def explain(
-        key: Array, predictor: StitchedPredictor, image: Array, instances: Sequence[Instance], *, progress: Progress | None = None
+        key: Array,
+        predictor: StitchedPredictor,
+        image: Array,
+        instances: Sequence[Instance],
+        *,
+        progress: Progress | None = None,
     ) -> tuple[list[SaliencyMap], list[Info]]:
         if noise == 0:
             return base(key, predictor, image, instances, progress=progress)

@@ -35,7 +35,12 @@ def jacobian_rows(aggregator: Aggregator, *, chunk: int | None = None, memory: i
     """
 
     def explain(
-        key: Array, predictor: StitchedPredictor, image: Array, instances: Sequence[Instance], *, progress: Progress | None = None
+        key: Array,
+        predictor: StitchedPredictor,
+        image: Array,
+        instances: Sequence[Instance],
+        *,
+        progress: Progress | None = None,
     ) -> tuple[list[SaliencyMap], list[Info]]:
         plan = predictor.plan(image.shape)
         windows = _Linearised(predictor, plan, pad(image, plan))
@@ -53,7 +58,9 @@ def jacobian_rows(aggregator: Aggregator, *, chunk: int | None = None, memory: i
                         jax.block_until_ready(state)
                         progress(int(np.count_nonzero(weight)) * len(group.windows))
             maps.append(crop_to_volume(plan, np.asarray(aggregator.finalize(state)), region.start))
-            infos.append(Info(rows=count_rows(groups, aggregator), windows=len({w for g in groups for w in g.windows.tolist()})))
+            infos.append(
+                Info(rows=count_rows(groups, aggregator), windows=len({w for g in groups for w in g.windows.tolist()}))
+            )
         return maps, infos
 
     return explain
@@ -62,11 +69,11 @@ def jacobian_rows(aggregator: Aggregator, *, chunk: int | None = None, memory: i
 class WindowGroup(NamedTuple):
     """Voxels of an instance that lie in the same windows.
 
-    windows: `(m,)` numbers of the plan. index: `(n,)` rows. local: `(m, n, 3)` places in each window. share: `(m, n)` blend shares.
+    windows: `(m,)` numbers of the plan. rows: `(n,)` row numbers. local: `(m, n, 3)` places in each window. share: `(m, n)` blend shares.
     """
 
     windows: np.ndarray
-    index: np.ndarray
+    rows: np.ndarray
     local: np.ndarray
     share: np.ndarray
 
@@ -82,7 +89,7 @@ def window_groups(plan: WindowPlan, instance: Instance) -> Iterator[WindowGroup]
 
 def count_rows(groups: Sequence[WindowGroup], aggregator: Aggregator) -> int:
     """Backward passes through one window that the rows of an instance take."""
-    return sum(len(g.windows) * (1 if aggregator.linear else len(g.index)) for g in groups)
+    return sum(len(g.windows) * (1 if aggregator.linear else len(g.rows)) for g in groups)
 
 
 class _Box(NamedTuple):
@@ -106,7 +113,13 @@ def crop_to_volume(plan: WindowPlan, values: np.ndarray, start: Sequence[int]) -
 
 
 def _stream(
-    plan: WindowPlan, windows: "_Linearised", group: WindowGroup, box: _Box, linear: bool, chunk: int | None, memory: int | None
+    plan: WindowPlan,
+    windows: "_Linearised",
+    group: WindowGroup,
+    box: _Box,
+    linear: bool,
+    chunk: int | None,
+    memory: int | None,
 ) -> Iterator[tuple[Array, np.ndarray, np.ndarray]]:
     """Chunks of rows over the group's box, `(K, *box, C)`, with their row numbers and weights."""
     offsets = plan.starts[group.windows] - np.array(box.start, np.int32)
@@ -118,17 +131,17 @@ def _stream(
             cotangent = np.zeros(plan.window, np.float32)
             cotangent[tuple(local.T)] = share
             parts.append(_pull_one(pull, cotangent)[None])
-        yield _place(parts, offsets, box.shape), group.index[:1], np.array([len(group.index)], np.float32)
+        yield _place(parts, offsets, box.shape), group.rows[:1], np.array([len(group.rows)], np.float32)
         return
     size = chunk_size(pulls[0], plan.window, chunk, memory)
-    for first in range(0, len(group.index), size):
+    for first in range(0, len(group.rows), size):
         held = slice(first, first + size)
-        weight = np.ones(len(group.index[held]), np.float32)
+        weight = np.ones(len(group.rows[held]), np.float32)
         parts = [
             _pull_rows(pull, _fill(local[held], size), _fill(share[held], size), plan.window)
             for pull, local, share in zip(pulls, group.local, group.share, strict=True)
         ]
-        yield _place(parts, offsets, box.shape), _fill(group.index[held], size), _fill(weight, size)
+        yield _place(parts, offsets, box.shape), _fill(group.rows[held], size), _fill(weight, size)
 
 
 def _fill(array: np.ndarray, size: int) -> np.ndarray:
@@ -168,6 +181,8 @@ def _row_bytes(treedef: Any, leaves: tuple[jax.ShapeDtypeStruct, ...], window: t
     share = jax.ShapeDtypeStruct((1,), jnp.float32)
     compiled = _pull_rows.lower(jax.tree.unflatten(treedef, leaves), place, share, window).compile()
     analysis = compiled.memory_analysis()
+    if analysis is None:
+        return 0
     return int(analysis.temp_size_in_bytes + analysis.output_size_in_bytes)
 
 

@@ -1,0 +1,133 @@
+"""The U-Net against MONAI's (stored logits), its normalisation layers against numpy, its taps against finite differences."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from xaiseg.checkpoints import monai_unet, read_state_dict
+from xaiseg.models import ModelSpec, UNet, build_network, expected_variables
+from xaiseg.models.layers import BatchNorm, InstanceNorm
+
+FIXTURES = Path(__file__).parent.parent / "fixtures"
+
+
+def load(name):
+    options, _, variables = monai_unet.read(read_state_dict(FIXTURES / f"{name}.pth"), name)
+    stored = np.load(FIXTURES / f"{name}.npz")
+    return UNet(**options), variables, jnp.asarray(stored["x"][None], jnp.float32), stored["y"][None]
+
+
+@pytest.mark.parametrize("name", ["unet_batch", "unet_instance_affine", "unet_instance", "unet_2d"])
+def test_logits_are_monais(name):
+    network, variables, x, expected = load(name)
+    # float32 against MONAI in float64, logits of order one: the project's bound is 1e-4, rounding stays below 1e-5
+    np.testing.assert_allclose(network.apply(variables, x)[0], expected, atol=1e-5)
+
+
+def test_the_papers_network_has_its_parameter_count():
+    spec = ModelSpec("unet", {}, ("FLAIR", "T1w"), (96, 96, 96))
+    assert sum(leaf.size for leaf in jax.tree.leaves(expected_variables(spec)["params"])) == 7_916_170
+
+
+def test_initial_variables_have_the_layout_of_converted_ones():
+    network, variables, x, _ = load("unet_batch")
+    initial = network.init(jax.random.key(0), x)
+    assert jax.tree.map(lambda a: (a.shape, a.dtype), initial) == jax.tree.map(lambda a: (a.shape, a.dtype), variables)
+
+
+def test_taps_are_named_in_order_and_end_in_the_logits():
+    network, variables, x, _ = load("unet_batch")
+    logits, taps = network.apply(variables, x)
+    levels = ["encoder0", "encoder1", "bottleneck", "decoder1"]
+    assert list(taps) == [name for level in levels for name in (f"{level}.conv", level)] + ["decoder0.conv"]
+    np.testing.assert_array_equal(taps["decoder0.conv"], logits)
+    assert taps["decoder1.conv"].shape == (1, 6, 4, 8, 4)
+
+
+@pytest.mark.parametrize("name", ["encoder0.conv", "encoder1", "bottleneck.conv", "decoder1.conv", "decoder0.conv"])
+def test_derivative_by_an_offset_is_the_finite_difference(name):
+    network, variables, x, _ = load("unet_batch")
+    with jax.enable_x64(True):
+        variables = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), variables)
+        x = jnp.asarray(np.asarray(x, np.float64))
+        rng = np.random.default_rng(0)
+
+        @jax.jit
+        def score(offset):
+            return jnp.sum(jnp.tanh(network.apply(variables, x, {name: offset})[0]))
+
+        shape = network.apply(variables, x)[1][name].shape
+        direction = jnp.asarray(rng.standard_normal(shape))
+        slope = jnp.vdot(jax.grad(score)(jnp.zeros(shape)), direction)
+        step = 1e-6
+        difference = (score(step * direction) - score(-step * direction)) / (2 * step)
+    # rounding 1e-16·|score| / step, and the kinks of PReLU passed within one step, of second order in it
+    np.testing.assert_allclose(slope, difference, rtol=1e-5)
+
+
+def test_unknown_options_are_refused():
+    with pytest.raises(ValueError, match="architecture 'vnet' is unknown; known are unet"):
+        build_network(ModelSpec("vnet", {}, ("FLAIR",), (8, 8, 8)))
+    with pytest.raises(ValueError, match="options of unet.*depth"):
+        build_network(ModelSpec("unet", {"depth": 3}, ("FLAIR",), (8, 8, 8)))
+
+
+@pytest.mark.parametrize(
+    ("options", "grid", "message"),
+    [
+        ({"channels": (4, 8), "strides": (2, 2)}, (8, 8, 8), "2 channels need 1 strides, not 2"),
+        ({"channels": (4, 8), "strides": (2,), "norm": "group"}, (8, 8, 8), "norm is 'group'; known are batch"),
+        ({"channels": (4, 8, 8), "strides": (2, 2)}, (8, 6, 8), r"each side must be a multiple of \[4, 4, 4\]"),
+        ({"channels": (4, 8), "strides": ((1, 2, 2),)}, (3, 5, 8), r"a multiple of \[1, 2, 2\]"),
+    ],
+)
+def test_a_network_that_cannot_be_is_refused(options, grid, message):
+    with pytest.raises(ValueError, match=message):
+        UNet(**options).init(jax.random.key(0), jnp.zeros((1, *grid, 2)))
+
+
+def test_anisotropic_strides_and_kernels_keep_the_grid():
+    network = UNet((4, 8), ((1, 2, 3),), kernel_size=(1, 3, 3), up_kernel_size=(1, 3, 3), norm="none")
+    x = jnp.ones((1, 3, 4, 6, 1))
+    logits, taps = network.apply(network.init(jax.random.key(0), x), x)
+    assert logits.shape == (1, 3, 4, 6, 2)
+    assert taps["encoder0"].shape == (1, 3, 2, 2, 4)
+
+
+@pytest.mark.parametrize(("mean", "sd"), [(0.0, 1.0), (1000.0, 0.01), (-3.0, 50.0)])
+def test_batch_norm_in_training_is_the_two_pass_formula(mean, sd):
+    rng = np.random.default_rng(1)
+    x = jnp.asarray(mean + sd * rng.standard_normal((2, 6, 5, 4, 3)), jnp.float32)
+    params = {"scale": jnp.array([0.5, 1.0, 2.0]), "bias": jnp.array([0.1, 0.0, -1.0])}
+    stats = {"mean": jnp.array([1.0, 2.0, 3.0]), "var": jnp.array([4.0, 5.0, 6.0])}
+    y, updated = BatchNorm().apply({"params": params, "batch_stats": stats}, x, True, mutable=["batch_stats"])
+
+    exact = np.asarray(x, np.float64)
+    m, v = exact.mean((0, 1, 2, 3)), exact.var((0, 1, 2, 3))
+    expected = (exact - m) / np.sqrt(v + 1e-5) * np.asarray(params["scale"]) + np.asarray(params["bias"])
+    # the float32 mean of 1000 is off by up to 6e-5 or so, 0.6 % of the sd of 0.01
+    np.testing.assert_allclose(y, expected, atol=2e-2 if mean == 1000 else 1e-5)
+    kept = updated["batch_stats"]
+    np.testing.assert_allclose(kept["mean"], 0.9 * np.asarray(stats["mean"]) + 0.1 * m, rtol=1e-6)
+    # PyTorch keeps the unbiased variance: 240 values a channel, so n/(n-1) differs by 0.4 %
+    unbiased = exact.var((0, 1, 2, 3), ddof=1)
+    np.testing.assert_allclose(kept["var"], 0.9 * np.asarray(stats["var"]) + 0.1 * unbiased, rtol=1e-5)
+
+
+def test_batch_norm_in_inference_keeps_its_statistics():
+    network, variables, x, _ = load("unet_batch")
+    _, updated = network.apply(variables, x, mutable=["batch_stats"])
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), updated["batch_stats"], variables["batch_stats"]))
+
+
+@pytest.mark.parametrize(("mean", "sd"), [(0.0, 1.0), (1000.0, 0.01)])
+def test_instance_norm_is_the_two_pass_formula_per_image(mean, sd):
+    rng = np.random.default_rng(2)
+    x = jnp.asarray(mean + sd * rng.standard_normal((2, 4, 5, 6, 3)), jnp.float32)
+    exact = np.asarray(x, np.float64)
+    m, v = exact.mean((1, 2, 3), keepdims=True), exact.var((1, 2, 3), keepdims=True)
+    y = InstanceNorm(affine=False).apply({}, x)
+    np.testing.assert_allclose(y, (exact - m) / np.sqrt(v + 1e-5), atol=2e-2 if mean == 1000 else 1e-5)

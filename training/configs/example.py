@@ -1,0 +1,24 @@
+"""The built-in example of `xaiseg demo`: a tiny U-Net on synthetic brains (`xaiseg.imaging.phantom`, 1.5 mm).
+
+Training brains are drawn with seeds 1000 to 1023, validation brains with 2000 to 2003; the demo's have seeds below 100.
+"""
+
+from training.config import Config
+
+CONFIG = Config(
+    features=(8, 16, 32, 64),
+    strides=(2, 2, 2),
+    window=(64, 64, 64),
+    phantoms=(1000, 1024),
+    validation_phantoms=(2000, 2004),
+    patch=(48, 48, 48),
+    batch=8,
+    affine=0.0,
+    steps=2000,
+    learning_rate=2e-3,
+    schedule="cosine",
+    weight_decay=1e-2,
+    validate_every=200,
+    checkpoint_every=200,
+    thresholds=(0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),
+)

@@ -1,0 +1,21 @@
+"""A small U-Net on 64³ patches for real 1 mm scans, for a machine without GPU.
+
+Not measured yet.
+"""
+
+from training.config import Config
+
+CONFIG = Config(
+    features=(16, 32, 64, 128),
+    strides=(2, 2, 2),
+    window=(96, 96, 96),
+    patch=(64, 64, 64),
+    affine=0.0,
+    steps=4000,
+    learning_rate=1e-3,
+    schedule="polynomial",
+    weight_decay=1e-2,
+    validate_every=500,
+    checkpoint_every=250,
+    thresholds=(0.3, 0.4, 0.5, 0.6, 0.7),
+)

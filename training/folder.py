@@ -1,0 +1,86 @@
+"""The folder of a run. Whatever moment the process is killed at, the same command goes on from the last checkpoint.
+
+`run.json` says what is trained on what; `volumes/` holds the normalised cases (it may be deleted and is made again);
+`checkpoints/` the states (Orbax commits each by a rename); `log.jsonl` one line per log step and validation; `model/` the best
+model so far.
+"""
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from training.cases import Cases
+from training.config import Config
+from xaiseg.errors import InputError
+from xaiseg.imaging import Case
+
+
+def open_folder(out: Path, config: Config, cases: Cases) -> Path:
+    """Make the folder of a run, or check that an existing one is of the same run; removes what a killed process left over.
+
+    Raises InputError where the folder holds something else, was begun with another config or other files, or cannot be written.
+    """
+    out = Path(out).absolute()
+    sides = {"training": cases.training, "validation": cases.validation}
+    run = {"config": asdict(config), **{side: {c.name: _files(c) for c in members} for side, members in sides.items()}}
+    run = json.loads(json.dumps(run))
+    record = out / "run.json"
+    if record.is_file():
+        _check_same(record, run)
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out}: exists and is no training run (no run.json inside); choose another folder with --out")
+    try:
+        (out / "volumes").mkdir(parents=True, exist_ok=True)
+        for leftover in [*out.glob(".*"), *(out / "volumes").glob(".*")]:
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        write_whole(record, json.dumps(run, indent=2) + "\n")
+    except OSError as error:
+        raise InputError(f"{out}: cannot be written ({error.strerror}); choose another folder with --out") from error
+    return out
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write a file that is either the old or the new one, never a part."""
+    temporary = file.with_name(f".{file.name}")
+    temporary.write_text(text)
+    temporary.replace(file)
+
+
+class Log:
+    """`log.jsonl`, opened to go on after `step`: lines of later steps, which will come again, are removed."""
+
+    def __init__(self, file: Path, step: int) -> None:
+        self.file = file
+        lines = file.read_text().splitlines() if file.is_file() else []
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+        write_whole(file, "".join(f"{line}\n" for line in kept))
+
+    def write(self, **entry: Any) -> None:
+        with self.file.open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+
+
+def _files(case: Case) -> dict[str, list[Any]]:
+    """Path, size and time of change of each file: a corrected mask is another run."""
+    paths = {**case.images, "reference": case.reference}
+    stats = {key: path.stat() for key, path in paths.items() if path}
+    return {key: [str(paths[key]), stat.st_size, stat.st_mtime_ns] for key, stat in stats.items()}
+
+
+def _check_same(record: Path, run: dict[str, Any]) -> None:
+    try:
+        begun = json.loads(record.read_text())
+        old = {f"{part} {key}": value for part in run for key, value in begun[part].items()}
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise InputError(
+            f"{record}: cannot be read as the record of a run; choose another folder with --out"
+        ) from error
+    new = {f"{part} {key}": value for part in run for key, value in run[part].items()}
+    for key in {**old, **new}:
+        if old.get(key) != new.get(key):
+            raise InputError(
+                f"{record.parent}: a run with {key} = {old.get(key)} was begun here, not {new.get(key)}; "
+                "give the settings and data it was begun with, or another folder with --out"
+            )

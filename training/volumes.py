@@ -1,0 +1,68 @@
+"""Cases as arrays: normalised once, kept in the run's folder and memory-mapped, so a cohort may exceed the memory."""
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from training.config import Config
+from xaiseg.imaging import Case, Grid, load_scan, zscore_nonzero
+from xaiseg.imaging.grid import reorient, reorientation
+from xaiseg.imaging.phantom import phantom
+
+
+class Volume(NamedTuple):
+    """image: `(X, Y, Z, C)` float32, normalised. reference: `(X, Y, Z)` bool. lesion, other: flat indices, int32, of the voxels of
+    lesions and of those elsewhere in the brain (any channel not zero; everywhere if there is none)."""
+
+    name: str
+    image: np.ndarray
+    reference: np.ndarray
+    lesion: np.ndarray
+    other: np.ndarray
+
+
+def volume_of_case(folder: Path, case: Case, config: Config) -> Volume:
+    """Raises InputError where a file of the case cannot be used."""
+
+    def load() -> tuple[np.ndarray, np.ndarray]:
+        scan = load_scan(case, config.channels, config.orientation)
+        assert case.reference is not None
+        return scan.image, scan.labels(case.reference) > 0
+
+    return _cached(folder, case.name, load)
+
+
+def volume_of_phantom(folder: Path, seed: int, config: Config) -> Volume:
+    name = f"phantom-{seed}"
+
+    def draw() -> tuple[np.ndarray, np.ndarray]:
+        brain = phantom(seed)
+        image = np.stack([zscore_nonzero(brain.flair, name), zscore_nonzero(brain.t1w, name)], axis=-1)
+        transform = reorientation(Grid(brain.lesions.shape, brain.affine), config.orientation)
+        return reorient(image, transform), reorient(brain.lesions > 0, transform)
+
+    return _cached(folder, name, draw)
+
+
+def make_volume(name: str, image: np.ndarray, reference: np.ndarray) -> Volume:
+    brain = image.any(axis=-1) & ~reference
+    other = np.flatnonzero(brain if brain.any() else ~reference)
+    return Volume(name, image, reference, np.flatnonzero(reference).astype(np.int32), other.astype(np.int32))
+
+
+def _cached(folder: Path, name: str, make: Callable[[], tuple[np.ndarray, np.ndarray]]) -> Volume:
+    """The volume stored under `folder/name`, made and stored first where it is not there yet.
+
+    It is assembled beside its place and renamed, so that a run killed meanwhile leaves none that is half written.
+    """
+    place = folder / name
+    if not place.is_dir():
+        volume = make_volume(name, *make())
+        staging = Path(tempfile.mkdtemp(prefix=".", dir=folder))
+        for field in Volume._fields[1:]:
+            np.save(staging / f"{field}.npy", getattr(volume, field))
+        staging.rename(place)
+    return Volume(name, *(np.load(place / f"{field}.npy", mmap_mode="r") for field in Volume._fields[1:]))

@@ -1,0 +1,57 @@
+"""The built-in example: unseen phantoms, segmented and explained with a small U-Net that this project trained on phantoms."""
+
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from xaiseg.checkpoints import load_model
+from xaiseg.cohort import METHODS, Request, Settings, explain
+from xaiseg.errors import InputError
+from xaiseg.imaging import nifti
+from xaiseg.imaging.phantom import phantom
+from xaiseg.models import Model
+
+# The training command draws its phantoms from seeds of 1000 and more.
+_FIRST_SEED = 1
+_MANIFEST = "manifest.tsv"
+
+
+def example_model() -> Model:
+    """The small U-Net shipped with the package, trained on phantoms by `python -m training --config example`."""
+    with as_file(files("xaiseg") / "example" / "model") as folder:
+        return load_model(folder)
+
+
+def run_demo(out: Path, cases: int = 2, samples: int = 8, overwrite: bool = False) -> list[dict[str, Any]]:
+    """Write phantoms to `OUT/scans` and everything `explain` makes of them to `OUT/results`; returns the rows of `cases.tsv`."""
+    scans = out / "scans"
+    if not overwrite and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out}: exists and is not empty; choose another folder with --out, or give --overwrite")
+    manifest = write_phantoms(scans, cases)
+    settings = Settings(methods=METHODS, samples=samples)
+    rows = explain(example_model(), Request(manifest, out / "results", overwrite=overwrite), settings)
+    pictures = sorted((out / "results").glob("sub-*/anat/*smoothgrad*.png"))
+    print(f"\nlook at   {out / 'results' / 'desc-smoothgrad_summary.png'}\n          {pictures[0] if pictures else ''}")
+    print(f"tables    {out / 'results' / 'lesions.tsv'}, {out / 'results' / 'cases.tsv'}")
+    return rows
+
+
+def write_phantoms(folder: Path, count: int, first_seed: int = _FIRST_SEED) -> Path:
+    """Write `count` phantoms (FLAIR, T1w, reference mask) and the manifest that lists them; returns its path."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be made ({error.strerror}); choose another folder") from error
+    lines = ["case\tFLAIR\tT1w\treference"]
+    for number in range(count):
+        made = phantom(seed=first_seed + number)
+        name = f"sub-phantom{number + 1:02d}"
+        columns = {"FLAIR": made.flair, "T1w": made.t1w, "label-L_mask": (made.lesions > 0).astype(np.uint8)}
+        for suffix, array in columns.items():
+            nifti.write(folder / f"{name}_{suffix}.nii.gz", array, made.affine)
+        lines.append("\t".join([name, *(f"{name}_{suffix}.nii.gz" for suffix in columns)]))
+    manifest = folder / _MANIFEST
+    manifest.write_text("\n".join(lines) + "\n")
+    return manifest
