@@ -125,6 +125,7 @@ def check(config: Config) -> Config:
     rules += [
         ("schedule", config.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
         ("thresholds", len(config.thresholds) > 0, "at least one number"),
+        ("channels", not config.phantoms or config.channels == ("FLAIR", "T1w"), "FLAIR,T1w, as phantoms have them"),
         ("quarter_turns", config.quarter_turns == 0 or len(set(config.patch)) == 1, "0 unless the patch is a cube"),
     ]
     for name, holds, expected in rules:
@@ -133,7 +134,8 @@ def check(config: Config) -> Config:
     for threshold in config.thresholds:
         spec = config.spec(threshold)
     try:
-        expected_variables(replace(spec, window=config.patch))
+        x, y, z = config.patch
+        expected_variables(replace(spec, window=(x, y, z)))
     except ValueError as error:
         raise InputError(f"config: patch is {config.patch}: {error}") from error
     return config

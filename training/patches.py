@@ -24,7 +24,7 @@ def sample(config: Config, volumes: Sequence[Volume], step: int) -> tuple[np.nda
     images, references = [], []
     for item in range(config.batch):
         rng = np.random.default_rng((config.seed, step, item))
-        image, reference = _crop(rng, config, volumes[rng.integers(len(volumes))])
+        image, reference = _crop(rng, config, volumes[int(rng.integers(len(volumes)))])
         image, reference = _augment(rng, config, image, reference)
         images.append(image)
         references.append(reference)

@@ -25,7 +25,7 @@ class Score(NamedTuple):
 
 
 def validate(model: Model, volumes: Sequence[Volume], thresholds: Sequence[float]) -> list[Score]:
-    """One score per threshold. Lesions are compared as the model's spec says: its connectivity and smallest size, rule `overlap`."""
+    """One score per threshold. Lesions are compared by the connectivity and smallest size of the model's spec, rule `overlap`."""
     predictor = StitchedPredictor.of(model)
     spec = model.spec
     per_case = []

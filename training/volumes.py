@@ -62,6 +62,7 @@ def _cached(folder: Path, name: str, make: Callable[[], tuple[np.ndarray, np.nda
     if not place.is_dir():
         volume = make_volume(name, *make())
         staging = Path(tempfile.mkdtemp(prefix=".", dir=folder))
+        staging.chmod(0o755)
         for field in Volume._fields[1:]:
             np.save(staging / f"{field}.npy", getattr(volume, field))
         staging.rename(place)

@@ -17,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         return arguments.run(arguments)
-    except InputError as error:
+    except (InputError, OSError) as error:
         print(f"xaiseg: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

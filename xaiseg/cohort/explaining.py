@@ -4,6 +4,7 @@ import time
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -40,12 +41,14 @@ class Method:
     """One method ready to run.
 
     key: its name in file names and columns. names: of the map's channels. signed: whether values may be negative.
+    once: `explain` with one noise sample, whose rows are timed for the plan.
     """
 
     name: str
     key: str
     title: str
     explain: Explainer
+    once: Explainer
     names: tuple[str, ...]
     unit: str
     signed: bool
@@ -71,8 +74,8 @@ def build_methods(model: Model, settings: Settings) -> list[Method]:
     for name in settings.methods:
         if name == "smoothgrad":
             samples = settings.samples if settings.noise > 0 else 1
-            explain = smoothgrad(
-                samples=samples,
+            make = partial(
+                smoothgrad,
                 noise=settings.noise,
                 aggregate=settings.aggregate,
                 chunk=settings.chunk,
@@ -86,7 +89,18 @@ def build_methods(model: Model, settings: Settings) -> list[Method]:
             unit = "Δlogit per unit of normalised intensity"
             methods.append(
                 Method(
-                    name, "smoothgrad", title, explain, channels, unit, True, used, model, settings.aggregate, samples
+                    name,
+                    "smoothgrad",
+                    title,
+                    make(samples=samples),
+                    make(samples=1),
+                    channels,
+                    unit,
+                    True,
+                    used,
+                    model,
+                    settings.aggregate,
+                    samples,
                 )
             )
         elif name == "gradcam++":
@@ -94,12 +108,14 @@ def build_methods(model: Model, settings: Settings) -> list[Method]:
                 raise ValueError(f"no layer {layer!r} in this network; it has {', '.join(model.taps())}")
             title = f"Grad-CAM++ at {layer}"
             used = {"layer": layer, "form": "paper", "target": "sum of the instance's blended logits"}
+            explain = gradcam_pp(layer=layer)
             methods.append(
                 Method(
                     name,
                     "gradcampp",
                     title,
-                    gradcam_pp(layer=layer),
+                    explain,
+                    explain,
                     ("gradcampp",),
                     "arbitrary units",
                     False,
@@ -155,18 +171,22 @@ def _batches(plan: WindowPlan, instances: Sequence[Instance], channels: int, mem
 
 
 def seconds_per_row(method: Method, predictor: StitchedPredictor, image: np.ndarray, instance: Instance) -> float:
-    """Seconds per backward pass, measured on part of an instance after compilation."""
-    part = Instance(instance.label, instance.voxels[:2])
-    base = method.explain if method.name == "gradcam++" else _one_sample(method)
+    """Seconds per backward pass, measured on part of an instance after compilation.
+
+    The part grows until it takes a second: a few voxels would fill a chunk of rows with padding, which costs as much as rows.
+    """
     volume = jnp.asarray(image)
-    taken = []
-    for _ in range(2):
+
+    def timed(voxels: int) -> tuple[float, int]:
         start = time.perf_counter()
-        _, infos = base(jax.random.key(0), predictor, volume, [part])
-        taken.append((time.perf_counter() - start) / sum(info.rows for info in infos))
-    return taken[-1]
+        part = Instance(instance.label, instance.voxels[:voxels])
+        _, (info,) = method.once(jax.random.key(0), predictor, volume, [part])
+        return time.perf_counter() - start, info.rows
 
-
-def _one_sample(method: Method) -> Explainer:
-    used = method.settings
-    return smoothgrad(samples=1, noise=used["noise"], aggregate=used["aggregate"])
+    voxels = 2
+    timed(voxels)
+    seconds, rows = timed(voxels)
+    while seconds < 1 and voxels < len(instance.voxels):
+        voxels *= 4
+        seconds, rows = timed(voxels)
+    return seconds / rows

@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,20 +23,21 @@ _LOG = Path("logs/run.json")
 class OutputFolder:
     """A folder of derivatives. It must be new or empty, or an earlier run's that `overwrite` allows to replace.
 
-    With `overwrite` exactly the files that the earlier run recorded are removed. Raises InputError for a folder that exists and is
-    not to be overwritten, that holds something else, or that cannot be written.
+    With `overwrite` exactly the files that the earlier run recorded are replaced: set aside by `begin`, removed by `close`, put
+    back by `discard`. Raises InputError for a folder that exists and is not to be overwritten, that holds something else, or that
+    cannot be written.
     """
 
     def __init__(self, root: str | Path, overwrite: bool = False) -> None:
         self.root = Path(root)
         self._files: list[Path] = []
-        self._case_files: list[Path] = []
         self._earlier: list[Path] = []
         self._created: list[Path] = []
-        if self.root.exists() and not self.root.is_dir():
+        self._aside = self.root / f".earlier-{os.getpid()}"
+        if os.path.lexists(self.root) and not os.path.isdir(self.root):
             raise InputError(f"{self.root}: is a file, expected a folder to write to; choose another name")
         try:
-            occupied = self.root.is_dir() and any(self.root.iterdir())
+            occupied = os.path.isdir(self.root) and any(self.root.iterdir())
         except OSError as error:
             raise InputError(f"{self.root}: cannot be read ({error.strerror}); choose another folder") from error
         if occupied:
@@ -48,15 +50,19 @@ class OutputFolder:
         log = self.root / _LOG
         try:
             files = json.loads(log.read_text())["files"]
-            return [self.root / name for name in files if ".." not in Path(name).parts and not Path(name).is_absolute()]
+            return [log] + [
+                self.root / name for name in files if ".." not in Path(name).parts and not Path(name).is_absolute()
+            ]
         except (OSError, ValueError, KeyError, TypeError):
             raise InputError(
-                f"{self.root}: is not empty and holds no {_LOG} of an earlier run, so --overwrite does not touch it; choose another folder"
+                f"{self.root}: is not empty and holds no {_LOG} of an earlier run, so --overwrite does not touch it; "
+                "choose another folder"
             ) from None
 
     def _check_writable(self) -> None:
         parent = self.root
-        while not parent.exists():
+        # Not Path.exists: it raises for a folder that may not be searched.
+        while not os.path.exists(parent):
             parent = parent.parent
         try:
             with tempfile.TemporaryFile(dir=parent):
@@ -65,11 +71,8 @@ class OutputFolder:
             raise InputError(f"{self.root}: cannot be written ({error.strerror}); choose another folder") from error
 
     def begin(self) -> None:
-        """Remove the earlier run's files; called when the work is known to be possible."""
-        for file in [*self._earlier, self.root / _LOG] if self._earlier else []:
-            file.unlink(missing_ok=True)
-            self._prune(file.parent)
-        self._earlier = []
+        """Set the earlier run's files aside; called when the headers are known to be good."""
+        self._move(self._earlier, self.root, self._aside)
 
     def path(self, case: Case, name: str) -> Path:
         """The file `NAME` of a case, `sub-01/ses-01/anat/sub-01_ses-01_NAME`."""
@@ -107,26 +110,19 @@ class OutputFolder:
         writer.writerows([_cell(row.get(column)) for column in columns] for row in rows)
         self.text(path, stream.getvalue())
 
-    def finish_case(self) -> None:
-        self._case_files = []
-
-    def discard_case(self) -> None:
-        """Remove what was written for the case that failed."""
-        for file in self._case_files:
-            file.unlink(missing_ok=True)
-            self._files.remove(file)
-        self._clean_up()
-        self._case_files = []
+    def discard_case(self, case: Case) -> None:
+        """Remove what was written for a case that failed."""
+        folder = self.path(case, "").parent
+        self._remove([file for file in self._files if file.parent == folder])
 
     def discard(self) -> None:
-        """Remove all that this run wrote, and the folders it made."""
-        for file in self._files:
-            file.unlink(missing_ok=True)
-        self._files, self._case_files = [], []
-        self._clean_up()
+        """Leave the folder as it was found."""
+        self._remove(self._files)
+        if self._aside.exists():
+            self._move([self._aside / file.relative_to(self.root) for file in self._earlier], self._aside, self.root)
 
     def close(self, log: Mapping[str, Any]) -> None:
-        """Write the dataset description and, last, the run log with the list of files."""
+        """Write the dataset description and, last, the run log with the list of files; the earlier run's are gone then."""
         description = {
             "Name": "xaiseg: instance-level saliency",
             "BIDSVersion": "1.10.0",
@@ -140,6 +136,7 @@ class OutputFolder:
             "*_saliency.*\n*.png\nlogs/\nlesions.*\ncases.*\n**/*_desc-lesions.tsv\n",
         )
         self.json(self.root / _LOG, {**log, "files": sorted(str(f.relative_to(self.root)) for f in self._files)})
+        shutil.rmtree(self._aside, ignore_errors=True)
 
     def _write(self, path: Path, write: Any) -> None:
         for folder in reversed([path.parent, *path.parent.parents]):
@@ -155,19 +152,26 @@ class OutputFolder:
             raise InputError(f"{path}: cannot be written ({error.strerror or error})") from error
         if path not in self._files:
             self._files.append(path)
-            self._case_files.append(path)
 
-    def _clean_up(self) -> None:
+    def _remove(self, files: Sequence[Path]) -> None:
+        for file in files:
+            file.unlink(missing_ok=True)
+        self._files = [file for file in self._files if file not in set(files)]
         for folder in reversed(self._created):
             with contextlib.suppress(OSError):
                 folder.rmdir()
         self._created = [folder for folder in self._created if folder.exists()]
 
-    def _prune(self, folder: Path) -> None:
-        with contextlib.suppress(OSError):
-            while folder != self.root:
-                folder.rmdir()
-                folder = folder.parent
+    def _move(self, files: Sequence[Path], source: Path, target: Path) -> None:
+        """Move files to the same places below another folder, and remove the folders that this leaves empty."""
+        for file in files:
+            if file.is_file():
+                moved = target / file.relative_to(source)
+                moved.parent.mkdir(parents=True, exist_ok=True)
+                file.rename(moved)
+            with contextlib.suppress(OSError):
+                for folder in file.relative_to(self.root).parents[:-1]:
+                    (self.root / folder).rmdir()
 
 
 def _cell(value: Any) -> str:

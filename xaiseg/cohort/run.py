@@ -85,9 +85,9 @@ def segment(model: Model, request: Request, say: Print = print) -> list[dict[str
     started = time.time()
     cases, output = _prepare(model, request)
     predictor = StitchedPredictor.of(model)
-    output.begin()
-    with _discarding(output), _bar(_window_count(predictor, cases, request), "window", "segmenting") as bar:
-        works = list(_segment_all(model, predictor, cases, request, output, bar, "predicted"))
+    with _discarding(output):
+        output.begin()
+        works = _segment_all(model, predictor, cases, request, output, "predicted")
         rows = [work.row for work in works]
         _finish(output, request, model, None, [], rows, started)
     for row in rows:
@@ -107,12 +107,11 @@ def explain(model: Model, request: Request, settings: Settings, say: Print = pri
         raise InputError(str(error)) from error
     cases, output = _prepare(model, request)
     predictor = StitchedPredictor.of(model)
-    if not request.dry_run:
-        output.begin()
     with _discarding(output):
-        with _bar(_window_count(predictor, cases, request), "window", "segmenting") as bar:
-            written = None if request.dry_run else output
-            works = list(_segment_all(model, predictor, cases, request, written, bar, request.instances))
+        if not request.dry_run:
+            output.begin()
+        written = None if request.dry_run else output
+        works = _segment_all(model, predictor, cases, request, written, request.instances)
         if not any(work.instances for work in works):
             raise InputError(_nothing(works, request, model))
         units = _say_plan(works, methods, predictor, model, request, say)
@@ -121,8 +120,9 @@ def explain(model: Model, request: Request, settings: Settings, say: Print = pri
         with _bar(units, "row", "explaining") as bar:
             for work in works:
                 if work.instances:
-                    with _recording(work, output):
+                    with _recording(work, output, alone=len(works) == 1):
                         _explain_case(work, methods, predictor, model, settings, request, output, bar)
+        _raise_if_all_failed(works)
         _write_lesions(output, works, methods, model, say)
         for method in methods:
             _write_sidecar(output, method, model)
@@ -156,34 +156,22 @@ def _segment_all(
     cases: Sequence[Case],
     request: Request,
     output: OutputFolder | None,
-    bar: tqdm,
     source: str,
-) -> Iterator[_Work]:
-    first_error: InputError | None = None
-    succeeded = False
-    for case in cases:
-        work = _Work(case, {"case": case.name, "status": "done"})
-        begun = time.perf_counter()
-        try:
-            scan = load_scan(case, model.spec.channels, model.spec.orientation, request.resample)
-            segmentation = segment_scan(predictor, model.spec, scan, case, lambda: bar.update(1))
-            target = target_of(source, segmentation, scan, case)
-            _describe(work, scan, segmentation, target, request)
-            if output is not None:
-                _write_segmentation(output, case, scan, segmentation, target)
-                output.finish_case()
-            succeeded = True
-        except InputError as error:
-            first_error = first_error or error
-            work.row |= {"status": "failed", "message": str(error)}
-            if output is not None:
-                output.discard_case()
-            if len(cases) > 1:
-                tqdm.write(f"{case.name}: failed: {error}", file=sys.stderr)
-        work.row["seconds"] = time.perf_counter() - begun
-        yield work
-    if not succeeded and first_error is not None:
-        raise first_error
+) -> list[_Work]:
+    works = [_Work(case, {"case": case.name, "status": "done"}) for case in cases]
+    with _bar(_window_count(predictor, cases), "window", "segmenting") as bar:
+        for work in works:
+            case, begun = work.case, time.perf_counter()
+            with _recording(work, output, alone=len(works) == 1):
+                scan = load_scan(case, model.spec.channels, model.spec.orientation, request.resample)
+                segmentation = segment_scan(predictor, model.spec, scan, case, lambda: bar.update(1))
+                target = target_of(source, segmentation, scan, case)
+                _describe(work, scan, segmentation, target, request)
+                if output is not None:
+                    _write_segmentation(output, case, scan, segmentation, target)
+            work.row["seconds"] = time.perf_counter() - begun
+    _raise_if_all_failed(works)
+    return works
 
 
 def _describe(work: _Work, scan: Scan, segmentation: Segmentation, target: Target, request: Request) -> None:
@@ -243,7 +231,6 @@ def _explain_case(
     output.table(output.path(case, "desc-lesions.tsv"), _columns(methods), work.lesion_rows)
     work.row["explained"] = len(work.instances)
     work.row["seconds"] += time.perf_counter() - begun
-    output.finish_case()
 
 
 def trim(saliency: SaliencyMap) -> SaliencyMap:
@@ -418,14 +405,22 @@ def _nothing(works: Sequence[_Work], request: Request, model: Model) -> str:
 
 
 @contextmanager
-def _recording(work: _Work, output: OutputFolder) -> Iterator[None]:
+def _recording(work: _Work, output: OutputFolder | None, alone: bool) -> Iterator[None]:
     """A case that fails is recorded, its files are removed, and the others go on."""
     try:
         yield
     except InputError as error:
-        output.discard_case()
         work.row |= {"status": "failed", "message": str(error)}
-        tqdm.write(f"{work.case.name}: failed: {error}", file=sys.stderr)
+        work.instances = []
+        if output is not None:
+            output.discard_case(work.case)
+        if not alone:
+            tqdm.write(f"{work.case.name}: failed: {error}", file=sys.stderr)
+
+
+def _raise_if_all_failed(works: Sequence[_Work]) -> None:
+    if all(work.row["status"] == "failed" for work in works):
+        raise InputError(works[0].row["message"])
 
 
 @contextmanager
@@ -442,7 +437,7 @@ def _bar(total: int, unit: str, what: str) -> tqdm:
     return tqdm(total=total, unit=unit, desc=what, file=sys.stderr, mininterval=interval, dynamic_ncols=True)
 
 
-def _window_count(predictor: StitchedPredictor, cases: Sequence[Case], request: Request) -> int:
+def _window_count(predictor: StitchedPredictor, cases: Sequence[Case]) -> int:
     return sum(len(predictor.plan(check_header(next(iter(case.images.values()))).shape).starts) for case in cases)
 
 

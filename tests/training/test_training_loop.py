@@ -1,0 +1,228 @@
+"""The loop: it learns, it resumes to the bit, it leaves a model folder, and it refuses what cannot be."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from training import loop
+from training.__main__ import main
+from training.cases import Cases, read_cases
+from training.config import Config
+from training.folder import Log
+from xaiseg.checkpoints import load_model, model_hash
+from xaiseg.errors import InputError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def cases(bids) -> Cases:
+    folder, add = bids
+    for name in ("sub-01", "sub-02", "sub-03"):
+        add(name)
+    return read_cases([folder], ["sub-03"], ("FLAIR", "T1w"))
+
+
+def silent(_: str) -> None:
+    pass
+
+
+def entries(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_the_loss_falls_and_the_lesion_is_found(tiny: Config, cases: Cases, tmp_path: Path) -> None:
+    config = replace(tiny, steps=80, validate_every=40, checkpoint_every=80, thresholds=(0.3, 0.5, 0.7))
+    loop.train(config, cases, tmp_path / "run", "the command", silent)
+    log = entries(tmp_path / "run")
+    losses = [entry["loss"] for entry in log if "loss" in entry]
+    assert np.mean(losses[-10:]) < 0.6 * np.mean(losses[:5])
+    best = max((entry for entry in log if "ndsc" in entry), key=lambda entry: entry["ndsc"])
+    assert best["ndsc"] > 0.5
+    spec = load_model(tmp_path / "run" / "model").spec
+    assert (spec.threshold, spec.source, spec.notes["step"]) == (best["threshold"], "the command", best["step"])
+
+
+def test_resumed_is_uninterrupted(tiny: Config, cases: Cases, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped at step 3, one step after a checkpoint: the parameters, statistics and log end the same, bit for bit."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    loop.train(tiny, cases, whole, say=silent)
+
+    def stop_at_step_three(config, volumes, step):
+        if step == 3:
+            raise KeyboardInterrupt
+        return sample(config, volumes, step)
+
+    sample = loop.sample
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "sample", stop_at_step_three)
+        with pytest.raises(KeyboardInterrupt):
+            loop.train(tiny, cases, parts, say=silent)
+    assert entries(parts)[-1]["step"] == 3
+    told: list[str] = []
+    loop.train(tiny, cases, parts, say=told.append)
+    assert "resuming after step 2" in told
+    for a, b in zip(*(final_state(folder) for folder in (whole, parts)), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert model_hash(load_model(whole / "model")) == model_hash(load_model(parts / "model"))
+    logs = [
+        [{k: v for k, v in entry.items() if k != "seconds_per_step"} for entry in entries(f)] for f in (whole, parts)
+    ]
+    assert logs[0] == logs[1]
+
+
+def final_state(folder: Path) -> list[np.ndarray]:
+    with loop.ocp.CheckpointManager(folder / "checkpoints") as manager:
+        return jax.tree.leaves(manager.restore(4, args=loop.ocp.args.StandardRestore()))
+
+
+def test_a_finished_run_is_left_as_it_is(tiny: Config, cases: Cases, tmp_path: Path) -> None:
+    config = replace(tiny, steps=2)
+    model = loop.train(config, cases, tmp_path / "run", say=silent)
+    before = (model / "model.json").stat().st_mtime_ns
+    loop.train(config, cases, tmp_path / "run", say=silent)
+    assert (model / "model.json").stat().st_mtime_ns == before
+
+
+def test_without_validation_the_last_state_is_the_model(tiny: Config, cases: Cases, tmp_path: Path) -> None:
+    model = load_model(loop.train(tiny, Cases(cases.training, []), tmp_path / "run", say=silent))
+    assert (model.spec.threshold, model.spec.notes) == (0.3, {"step": 4, "seed": 0})
+
+
+def test_another_config_or_a_changed_mask_is_refused(tiny: Config, cases: Cases, tmp_path: Path) -> None:
+    config = replace(tiny, steps=1)
+    loop.train(config, cases, tmp_path / "run", say=silent)
+    with pytest.raises(InputError, match=r"run: a run with config batch = 2 was begun here, not 3"):
+        loop.train(replace(config, batch=3), cases, tmp_path / "run", say=silent)
+    with pytest.raises(InputError, match=r"a run with training sub-02 = .* was begun here, not None"):
+        loop.train(config, Cases(cases.training[:1], cases.validation), tmp_path / "run", say=silent)
+    os.utime(cases.training[0].reference, ns=(0, 0))
+    with pytest.raises(InputError, match=r"a run with training sub-01 = "):
+        loop.train(config, cases, tmp_path / "run", say=silent)
+
+
+def test_a_folder_of_something_else_is_refused(tiny: Config, cases: Cases, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(InputError, match="is no training run"):
+        loop.train(tiny, cases, tmp_path, say=silent)
+    with pytest.raises(InputError, match=r"thesis.txt: exists and is no training run"):
+        loop.train(tiny, cases, tmp_path / "thesis.txt", say=silent)
+    with pytest.raises(InputError, match="cannot be written"):
+        loop.train(tiny, cases, tmp_path / "thesis.txt" / "run", say=silent)
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "run.json").write_text("{")
+    with pytest.raises(InputError, match="cannot be read as the record of a run"):
+        loop.train(tiny, cases, tmp_path / "broken", say=silent)
+
+
+def test_no_lesion_anywhere(tiny: Config, bids, tmp_path: Path) -> None:
+    folder, add = bids
+    add("sub-01", lesion=False)
+    add("sub-02")
+    cases = read_cases([folder], ["sub-02"], tiny.channels)
+    with pytest.raises(InputError, match=r"sub-01.*: no lesion voxel in any reference"):
+        loop.train(tiny, cases, tmp_path / "run", say=silent)
+
+
+def test_a_diverging_run_stops_before_it_is_saved(tiny: Config, cases: Cases, tmp_path: Path) -> None:
+    config = replace(tiny, learning_rate=1e38, schedule="constant")
+    with pytest.raises(InputError, match="lower learning_rate"):
+        loop.train(config, cases, tmp_path / "run", say=silent)
+
+
+def test_leftovers_of_a_killed_run_are_removed(tiny: Config, cases: Cases, tmp_path: Path) -> None:
+    config = replace(tiny, steps=1)
+    loop.train(config, cases, tmp_path / "run", say=silent)
+    for leftover in (tmp_path / "run" / ".model-x", tmp_path / "run" / "volumes" / ".half"):
+        leftover.mkdir()
+    loop.train(config, cases, tmp_path / "run", say=silent)
+    assert not list((tmp_path / "run").rglob(".*"))
+
+
+def test_the_log_forgets_what_comes_again(tmp_path: Path) -> None:
+    file = tmp_path / "log.jsonl"
+    file.write_text('{"step": 1, "loss": 3}\n{"step": 2, "loss": 2}\n{"step": 3, "lo')
+    Log(file, 1).write(step=2, loss=5)
+    assert [json.loads(line) for line in file.read_text().splitlines()] == [
+        {"step": 1, "loss": 3},
+        {"step": 2, "loss": 5},
+    ]
+
+
+def test_command(bids, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, add = bids
+    for name in ("sub-01", "sub-02"):
+        add(name)
+    command = ["--config", "unet_cpu", "--data", str(folder), "--validation", "sub-02", "--out", str(tmp_path / "run")]
+    command += [
+        "--steps",
+        "1",
+        "--set",
+        "features=4,8",
+        "--set",
+        "strides=2",
+        "--set",
+        "patch=8,8,8",
+        "--set",
+        "window=8,8,8",
+    ]
+    assert main(command) == 0
+    assert f"model folder: {tmp_path}/run/model" in capsys.readouterr().out
+    source = load_model(tmp_path / "run" / "model").spec.source
+    assert source.startswith(
+        f"python -m training --config unet_cpu --data {folder} --validation sub-02 --set features=4,8"
+    )
+    assert source.endswith("--set steps=1")
+    assert main(["--config", "unet_cpu", "--out", str(tmp_path / "x")]) == 1
+    assert capsys.readouterr().err.startswith("error: --data: missing")
+    assert main(["--config", "example", "--data", str(folder), "--out", str(tmp_path / "x")]) == 1
+    assert capsys.readouterr().err.startswith("error: --data: config example draws synthetic brains")
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_it_goes_on(bids, tmp_path: Path) -> None:
+    """SIGKILL a process again and again until a run has got through; it ends as one that was left alone."""
+    folder, add = bids
+    for name in ("sub-01", "sub-02"):
+        add(name)
+    settings = (
+        "features=4,8 strides=2 patch=8,8,8 window=16,16,16 validate_every=10 checkpoint_every=3 log_every=1 steps=60"
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "training",
+        "--config",
+        "unet_cpu",
+        "--data",
+        str(folder),
+        "--validation",
+        "sub-02",
+    ]
+    command += [word for setting in settings.split() for word in ("--set", setting)]
+
+    def run(out: Path, seconds: float | None = None) -> int:
+        process = subprocess.Popen([*command, "--out", str(out)], cwd=ROOT, stdout=subprocess.DEVNULL)
+        try:
+            return process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            return process.wait()
+
+    begun = time.monotonic()
+    assert run(tmp_path / "whole") == 0
+    whole = time.monotonic() - begun
+    killed = [run(tmp_path / "parts", whole * share) for share in (0.5, 0.7, 0.8, 0.85, 0.9)]
+    assert killed[0] == -signal.SIGKILL
+    assert run(tmp_path / "parts") == 0
+    assert model_hash(load_model(tmp_path / "whole" / "model")) == model_hash(load_model(tmp_path / "parts" / "model"))
+    assert [e["step"] for e in entries(tmp_path / "parts") if "loss" in e] == list(range(1, 61))
