@@ -17,7 +17,7 @@ from training import loop
 from training.__main__ import main
 from training.cases import Cases, read_cases
 from training.config import Config
-from training.folder import Log
+from training.folder import Log, open_folder
 from xaiseg.checkpoints import load_model, model_hash
 from xaiseg.errors import InputError
 
@@ -79,18 +79,14 @@ def test_resumed_is_uninterrupted(tiny: Config, cases: Cases, tmp_path: Path, mo
     ]
     assert logs[0] == logs[1]
 
+    written = (whole / "model" / "model.json").stat().st_mtime_ns
+    loop.train(tiny, cases, whole, say=silent)  # a finished run is left as it is
+    assert (whole / "model" / "model.json").stat().st_mtime_ns == written
+
 
 def final_state(folder: Path) -> list[np.ndarray]:
     with loop.ocp.CheckpointManager(folder / "checkpoints") as manager:
         return jax.tree.leaves(manager.restore(4, args=loop.ocp.args.StandardRestore()))
-
-
-def test_a_finished_run_is_left_as_it_is(tiny: Config, cases: Cases, tmp_path: Path) -> None:
-    config = replace(tiny, steps=2)
-    model = loop.train(config, cases, tmp_path / "run", say=silent)
-    before = (model / "model.json").stat().st_mtime_ns
-    loop.train(config, cases, tmp_path / "run", say=silent)
-    assert (model / "model.json").stat().st_mtime_ns == before
 
 
 def test_without_validation_the_last_state_is_the_model(tiny: Config, cases: Cases, tmp_path: Path) -> None:
@@ -99,29 +95,41 @@ def test_without_validation_the_last_state_is_the_model(tiny: Config, cases: Cas
 
 
 def test_another_config_or_a_changed_mask_is_refused(tiny: Config, cases: Cases, tmp_path: Path) -> None:
-    config = replace(tiny, steps=1)
-    loop.train(config, cases, tmp_path / "run", say=silent)
+    out = tmp_path / "run"
+    open_folder(out, tiny, cases)
+    assert open_folder(out, tiny, cases) == out
     with pytest.raises(InputError, match=r"run: a run with config batch = 2 was begun here, not 3"):
-        loop.train(replace(config, batch=3), cases, tmp_path / "run", say=silent)
+        open_folder(out, replace(tiny, batch=3), cases)
     with pytest.raises(InputError, match=r"a run with training sub-02 = .* was begun here, not None"):
-        loop.train(config, Cases(cases.training[:1], cases.validation), tmp_path / "run", say=silent)
+        open_folder(out, tiny, Cases(cases.training[:1], cases.validation))
+    assert cases.training[0].reference is not None
     os.utime(cases.training[0].reference, ns=(0, 0))
     with pytest.raises(InputError, match=r"a run with training sub-01 = "):
-        loop.train(config, cases, tmp_path / "run", say=silent)
+        open_folder(out, tiny, cases)
 
 
-def test_a_folder_of_something_else_is_refused(tiny: Config, cases: Cases, tmp_path: Path) -> None:
+def test_a_folder_of_something_else_is_refused(tiny: Config, tmp_path: Path) -> None:
+    nothing = Cases([], [])
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(InputError, match="is no training run"):
-        loop.train(tiny, cases, tmp_path, say=silent)
+        open_folder(tmp_path, tiny, nothing)
     with pytest.raises(InputError, match=r"thesis.txt: exists and is no training run"):
-        loop.train(tiny, cases, tmp_path / "thesis.txt", say=silent)
+        open_folder(tmp_path / "thesis.txt", tiny, nothing)
     with pytest.raises(InputError, match="cannot be written"):
-        loop.train(tiny, cases, tmp_path / "thesis.txt" / "run", say=silent)
+        open_folder(tmp_path / "thesis.txt" / "run", tiny, nothing)
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "run.json").write_text("{")
     with pytest.raises(InputError, match="cannot be read as the record of a run"):
-        loop.train(tiny, cases, tmp_path / "broken", say=silent)
+        open_folder(tmp_path / "broken", tiny, nothing)
+
+
+def test_leftovers_of_a_killed_run_are_removed(tiny: Config, tmp_path: Path) -> None:
+    out = open_folder(tmp_path / "run", tiny, Cases([], []))
+    for leftover in (out / ".model-x", out / "volumes" / ".half"):
+        leftover.mkdir()
+        (leftover / "part").touch()
+    open_folder(out, tiny, Cases([], []))
+    assert sorted(path.name for path in out.rglob("*")) == ["run.json", "volumes"]
 
 
 def test_no_lesion_anywhere(tiny: Config, bids, tmp_path: Path) -> None:
@@ -137,15 +145,6 @@ def test_a_diverging_run_stops_before_it_is_saved(tiny: Config, cases: Cases, tm
     config = replace(tiny, learning_rate=1e38, schedule="constant")
     with pytest.raises(InputError, match="lower learning_rate"):
         loop.train(config, cases, tmp_path / "run", say=silent)
-
-
-def test_leftovers_of_a_killed_run_are_removed(tiny: Config, cases: Cases, tmp_path: Path) -> None:
-    config = replace(tiny, steps=1)
-    loop.train(config, cases, tmp_path / "run", say=silent)
-    for leftover in (tmp_path / "run" / ".model-x", tmp_path / "run" / "volumes" / ".half"):
-        leftover.mkdir()
-    loop.train(config, cases, tmp_path / "run", say=silent)
-    assert not list((tmp_path / "run").rglob(".*"))
 
 
 def test_the_log_forgets_what_comes_again(tmp_path: Path) -> None:
