@@ -63,25 +63,34 @@ class Xaiseg:
         options, _, variables = monai_unet.read(state, "benchmark")
         spec = ModelSpec("unet", options, ("FLAIR", "T1w"), WINDOW)
         self.jax, self.module = jax, rows
-        self.logits_fn = Model(spec, jax.tree.map(jnp.asarray, variables)).logits_fn
+        model = Model(spec, jax.tree.map(jnp.asarray, variables))
+        self.logits_fn, self.local_fn = model.logits_fn, model.local_fn
         self.x = jnp.asarray(image())
         self.apply = jax.jit(lambda f, x: f(x[None])[0])
 
     def forward(self) -> np.ndarray:
         return np.asarray(self.apply(self.logits_fn, self.x))
 
-    def linearise(self) -> Any:
-        pull = self.module._linearise(self.logits_fn, self.x, np.zeros(3, np.int32), WINDOW, 1)
-        return self.jax.block_until_ready(pull)
+    def linearise(self, tiled: bool = True) -> Any:
+        """The pull-back that `explain` uses, of the tile around the voxels, or that of the whole window; with its place and sides."""
+        x, zero = self.x, np.zeros(3, np.int32)
+        if not tiled:
+            pull = self.module._linearise(self.logits_fn, x, zero, WINDOW, 1)
+            return self.jax.block_until_ready(pull), zero, WINDOW
+        start = np.min(ROW_VOXELS, axis=0).astype(np.int32) // self.local_fn.alignment * self.local_fn.alignment
+        pull = self.module._linearise_tile(self.local_fn.function, x, zero, start, WINDOW, 1)
+        return self.jax.block_until_ready(pull), start, self.local_fn.tile
 
     def rows(self, linear: Any, chunk: int | None = None) -> np.ndarray:
-        chunk = chunk or self.module.chunk_size(linear, WINDOW, None, None)
-        voxels, share = np.array(ROW_VOXELS, np.int32), np.ones(len(ROW_VOXELS), np.float32)
-        parts = [
-            self.module._pull_rows(linear, voxels[i : i + chunk], share[i : i + chunk], WINDOW)
-            for i in range(0, len(voxels), chunk)
-        ]
-        return np.concatenate([np.asarray(p) for p in parts])
+        pull, start, sides = linear
+        chunk = chunk or self.chunk(linear)
+        voxels, share = (np.array(ROW_VOXELS) - start).astype(np.int32), np.ones(len(ROW_VOXELS), np.float32)
+        held = [slice(i, i + chunk) for i in range(0, len(voxels), chunk)]
+        return np.concatenate([np.asarray(self.module._pull_rows(pull, voxels[h], share[h], sides)) for h in held])
+
+    def chunk(self, linear: Any) -> int:
+        pull, _, sides = linear
+        return self.module.chunk_size(pull, sides, None, None)
 
 
 def image() -> np.ndarray:
@@ -104,22 +113,24 @@ def compare(repeats: int) -> None:
 
     theirs = Torch()
     ours_is = Xaiseg(state_of(theirs.net))
-    ours_linear, their_linear = ours_is.linearise(), theirs.linearise()
+    tile, window, their_linear = ours_is.linearise(), ours_is.linearise(tiled=False), theirs.linearise()
     agree("logits", ours_is.forward(), theirs.forward())
-    agree("rows", ours_is.rows(ours_linear), theirs.rows(their_linear))
+    agree("rows by tile", ours_is.rows(tile), theirs.rows(their_linear))
+    agree("rows by window", ours_is.rows(window), theirs.rows(their_linear))
     n = len(ROW_VOXELS)
-    chosen = ours_is.module.chunk_size(ours_linear, WINDOW, None, None)
+    chosen = ours_is.chunk(tile)
     print(
         f"jax {jax.__version__}, torch {torch.__version__}, {torch.get_num_threads()} threads, {jax.devices()[0].device_kind}"
     )
-    print(f"{'':34}{'PyTorch':>10}{'xaiseg':>10}{'ratio':>8}")
+    print(f"{'':42}{'PyTorch':>10}{'xaiseg':>10}{'ratio':>8}")
     table: list[tuple[str, Callable[[], Any], Callable[[], Any], int]] = [
         ("forward", theirs.forward, ours_is.forward, 1),
         ("linearise (forward, kept for rows)", theirs.linearise, ours_is.linearise, 1),
     ]
-    for chunk in sorted({1, 2, 4, 8, chosen}):
-        name = f"Jacobian row, chunk {chunk}{' (default)' if chunk == chosen else ''}"
-        table.append((name, lambda: theirs.rows(their_linear), lambda c=chunk: ours_is.rows(ours_linear, c), n))
+    for what, linear in (("tile", tile), ("window", window)):
+        for chunk in sorted({1, 4, 8, chosen}):
+            name = f"Jacobian row by {what}, chunk {chunk}{' (as explain does)' if linear is tile and chunk == chosen else ''}"
+            table.append((name, lambda: theirs.rows(their_linear), lambda c=chunk, m=linear: ours_is.rows(m, c), n))
     for name, their_work, our_work, count in table:
         our_work(), their_work()
         times: list[list[float]] = [[], []]
@@ -127,7 +138,7 @@ def compare(repeats: int) -> None:
             times[0].append(seconds(their_work) / count)
             times[1].append(seconds(our_work) / count)
         a, b = (statistics.median(t) for t in times)
-        print(f"{name:34}{a * 1e3:8.0f}ms{b * 1e3:8.0f}ms{b / a:8.2f}")
+        print(f"{name:42}{a * 1e3:8.0f}ms{b * 1e3:8.0f}ms{b / a:8.2f}")
 
 
 def agree(what: str, ours: np.ndarray, theirs: np.ndarray) -> None:

@@ -16,6 +16,18 @@ TappedFn = Callable[[Array, Mapping[str, Array]], tuple[Array, dict[str, Array]]
 """Pure function `(x, offsets) -> (logits, taps)`: the network with its named activations and an additive offset at each."""
 
 
+class LocalFn(NamedTuple):
+    """Logits of a tile of the window, for networks that compute them without evaluating the rest of their decoder.
+
+    function: pure `(x, start) -> logits` from windows `(N, *window, C)` to `(N, *tile, classes)`, equal to that part of the logits.
+    tile: its sides in voxels. alignment: `start` must be a multiple of it.
+    """
+
+    function: Callable[[Array, Array], Array]
+    tile: tuple[int, ...]
+    alignment: tuple[int, ...]
+
+
 class Instance(NamedTuple):
     """One lesion: its label and its voxels `(n, 3)` int32, in C order of the volume, so that row `i` of its Jacobian is voxel `i`."""
 

@@ -29,7 +29,7 @@ def convert(source: str | Path, channels: Sequence[str] | None = None, **setting
         some = ", ".join(list(state)[:3])
         raise InputError(f"{source}: not a MONAI UNet, which is what can be converted; its first keys are {some}")
     options, c_in, variables = monai_unet.read(state, str(source))
-    if bad := [k for k, v in state.items() if np.issubdtype(v.dtype, np.floating) and not np.isfinite(v).all()]:
+    if bad := [k for k, v in state.items() if not np.isfinite(monai_unet.as_float32(v)).all()]:
         raise InputError(f"{source}: {bad[0]} holds NaN or infinite values; the training that made it diverged")
     if channels is None:
         if c_in != len(_TWO_CHANNELS):

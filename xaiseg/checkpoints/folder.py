@@ -14,7 +14,7 @@ import orbax.checkpoint as ocp
 
 from xaiseg._version import __version__
 from xaiseg.errors import InputError
-from xaiseg.models import NETWORKS, Model, ModelSpec, expected_variables
+from xaiseg.models import NETWORKS, Model, ModelSpec, build_network, expected_variables
 
 _FORMAT = 1
 
@@ -27,7 +27,7 @@ def save_model(folder: str | Path, model: Model, overwrite: bool = False) -> Pat
     folder = Path(folder).absolute()
     if folder.exists() and not overwrite:
         raise InputError(f"{folder}: exists; choose another folder or give --overwrite")
-    if overwrite and folder.exists() and any(folder.iterdir()) and not (folder / "model.json").is_file():
+    if folder.exists() and not _replaceable(folder):
         raise InputError(f"{folder}: exists and is not a model folder, so it is not overwritten")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -35,17 +35,21 @@ def save_model(folder: str | Path, model: Model, overwrite: bool = False) -> Pat
     except OSError as error:
         raise InputError(f"{folder}: cannot be written ({error.strerror}); choose another folder") from error
     try:
-        staging.chmod(0o755)
+        (staging / "new").mkdir()  # the staging folder itself is closed to others
         with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(staging / "parameters", jax.tree.map(np.asarray, dict(model.variables)))
+            checkpointer.save(staging / "new" / "parameters", jax.tree.map(np.asarray, dict(model.variables)))
         description = {"format": _FORMAT, "xaiseg_version": __version__, **dataclasses.asdict(model.spec)}
-        (staging / "model.json").write_text(json.dumps(description, indent=2) + "\n")
+        (staging / "new" / "model.json").write_text(json.dumps(description, indent=2) + "\n")
         if folder.exists():
-            shutil.rmtree(folder)
-        staging.rename(folder)
+            folder.rename(staging / "old")
+        (staging / "new").rename(folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return folder
+
+
+def _replaceable(folder: Path) -> bool:
+    return (folder / "model.json").is_file() or (folder.is_dir() and not any(folder.iterdir()))
 
 
 def load_model(folder: str | Path) -> Model:
@@ -105,9 +109,16 @@ def spec_from_dict(content: dict[str, Any], source: str) -> ModelSpec:
     content = {k: tuple(v) if isinstance(v, list) else v for k, v in content.items()}
     spec = ModelSpec(**content)
     rules = [
-        (spec.architecture in NETWORKS, "architecture", f"one of {', '.join(NETWORKS)}"),
         (
-            isinstance(spec.channels, tuple) and len(set(spec.channels)) == len(spec.channels) > 0,
+            isinstance(spec.architecture, str) and spec.architecture in NETWORKS,
+            "architecture",
+            f"one of {', '.join(NETWORKS)}",
+        ),
+        (isinstance(spec.options, dict), "options", "an object of the network's arguments"),
+        (
+            isinstance(spec.channels, tuple)
+            and all(isinstance(c, str) for c in spec.channels)
+            and len(set(spec.channels)) == len(spec.channels) > 0,
             "channels",
             "different names",
         ),
@@ -130,10 +141,21 @@ def spec_from_dict(content: dict[str, Any], source: str) -> ModelSpec:
         if not holds:
             raise InputError(f"{source}: {name} is {getattr(spec, name)!r}, expected {expected}")
     try:
-        expected_variables(spec)
+        classes, taps = _outputs(spec)
     except (ValueError, TypeError, ZeroDivisionError) as error:
         raise InputError(f"{source}: not a network that can be built: {error}") from error
+    if spec.target_class not in range(classes):
+        raise InputError(f"{source}: target_class is {spec.target_class!r}, expected 0 to {classes - 1}")
+    if spec.default_layer not in taps:
+        raise InputError(f"{source}: default_layer is {spec.default_layer!r}, expected one of {', '.join(taps)}")
     return spec
+
+
+def _outputs(spec: ModelSpec) -> tuple[int, list[str]]:
+    """Classes and taps of a spec's network."""
+    x = jax.ShapeDtypeStruct((1, *spec.window, len(spec.channels)), np.float32)
+    (logits, taps), _ = jax.eval_shape(build_network(spec).init_with_output, jax.random.key(0), x)
+    return logits.shape[-1], list(taps)
 
 
 def _is_orientation(codes: Any) -> bool:
@@ -147,6 +169,8 @@ def _check_tree(found: Any, expected: Any, folder: Path) -> None:
     found = getattr(found, "item_metadata", found)
     shapes = {jax.tree_util.keystr(p): tuple(v.shape) for p, v in jax.tree_util.tree_leaves_with_path(_plain(found))}
     wanted = {jax.tree_util.keystr(p): tuple(v.shape) for p, v in jax.tree_util.tree_leaves_with_path(expected)}
+    if not shapes:
+        raise FileNotFoundError("no parameters inside")
     problems = [f"missing {k}" for k in wanted if k not in shapes] + [f"unknown {k}" for k in shapes if k not in wanted]
     problems += [
         f"{k} has shape {shapes[k]}, expected {wanted[k]}" for k in wanted if shapes.get(k, wanted[k]) != wanted[k]

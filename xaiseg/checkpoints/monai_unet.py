@@ -29,25 +29,20 @@ def read(state: Mapping[str, np.ndarray], source: str) -> tuple[dict[str, Any], 
     state = {k: v for k, v in state.items() if not k.endswith(_IGNORED)}
     if any(".unit" in k or k.endswith("residual.weight") for k in state):
         raise InputError(f"{source}: a MONAI UNet with residual units; only num_res_units=0 can be converted")
-    levels = 0
-    while f"{_path(levels)}.0.conv.weight" in state:
+    levels = 1
+    while any(key.startswith(f"{_path(levels)}.0.") for key in state):
         levels += 1
-    bottom = f"{_path(levels)}.conv.weight"
-    if levels == 0 or bottom not in state:
-        raise InputError(
-            f"{source}: not a complete MONAI UNet, {'model.0.conv.weight' if levels == 0 else bottom} is missing"
-        )
+    down = [f"{_path(level)}.0.conv.weight" for level in range(levels)] + [f"{_path(levels)}.conv.weight"]
+    if missing := [key for key in (*down, "model.2.conv.weight") if key not in state]:
+        raise InputError(f"{source}: not a complete MONAI UNet: {'; '.join(f'missing {key}' for key in missing)}")
+    if odd := [key for key in (*down, "model.2.conv.weight") if state[key].ndim not in (4, 5)]:
+        raise InputError(f"{source}: not a MONAI UNet: {odd[0]} has shape {state[odd[0]].shape}, expected 4 or 5 axes")
 
-    channels = [state[f"{_path(level)}.0.conv.weight"].shape[0] for level in range(levels)] + [state[bottom].shape[0]]
-    top = state["model.0.conv.weight"]
-    up = state.get("model.2.conv.weight")
-    if up is None or top.ndim not in (4, 5):
-        raise InputError(
-            f"{source}: not a complete MONAI UNet, model.2.conv.weight is missing or its rank is not 4 or 5"
-        )
-    if "model.0.adn.N.running_mean" in state:
+    channels = [state[key].shape[0] for key in down]
+    top, up = state["model.0.conv.weight"], state["model.2.conv.weight"]
+    if any(".adn.N.running_" in key for key in state):
         norm = "batch"
-    elif "model.0.adn.N.weight" in state:
+    elif any(key.endswith(".adn.N.weight") for key in state):
         norm = "instance_affine"
     else:
         # without parameters an instance norm leaves no key; MONAI's default norm is the one to expect
@@ -69,7 +64,7 @@ def read(state: Mapping[str, np.ndarray], source: str) -> tuple[dict[str, Any], 
         leaf = variables.setdefault(collection, {})
         for name in names[:-1]:
             leaf = leaf.setdefault(name, {})
-        leaf[names[-1]] = _convert(names[-1], names[0], state[key])
+        leaf[names[-1]] = _convert(names[-1], state[key])
     return options, top.shape[1], variables
 
 
@@ -125,8 +120,14 @@ def _check_keys(state: Mapping[str, np.ndarray], wanted: Mapping[str, tuple[int,
         raise InputError(f"{source}: does not fit a MONAI UNet: {'; '.join(problems)}")
 
 
-def _convert(leaf: str, module: str, tensor: np.ndarray) -> np.ndarray:
-    tensor = tensor.astype(np.float32)
+def as_float32(tensor: np.ndarray) -> np.ndarray:
+    """`tensor` as the network will hold it; a double beyond float32's range becomes infinite."""
+    with np.errstate(over="ignore"):
+        return tensor.astype(np.float32)
+
+
+def _convert(leaf: str, tensor: np.ndarray) -> np.ndarray:
+    tensor = as_float32(tensor)
     if leaf != "kernel":
         return tensor
     spatial = tuple(range(2, tensor.ndim))

@@ -5,6 +5,7 @@ dicts, lists, numbers, strings and tensors, nothing else: any other global in th
 """
 
 import io
+import math
 import pickle
 import zipfile
 from collections import OrderedDict
@@ -81,12 +82,13 @@ def _load(path: Path) -> Any:
             f"{path}: not a PyTorch checkpoint, or cut off (expected the zip format of torch >= 1.6, {error}); "
             "copy it again, or load it in PyTorch and save its state dict"
         ) from error
-    except (pickle.UnpicklingError, EOFError, KeyError, AttributeError, IndexError, TypeError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path}: damaged checkpoint ({error})") from error
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except InputError:
+        raise
+    except Exception as error:  # a damaged zip or pickle raises anything from RuntimeError to MemoryError
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{path}: damaged checkpoint ({reason}); copy it again") from error
 
 
 class _Storage:
@@ -94,7 +96,8 @@ class _Storage:
         self.dtype = np.dtype(_STORAGES[name])
 
 
-class _TensorUnpickler(pickle.Unpickler):
+# Python's unpickler, not the C one: that allocates its memo by the indices in the file, gigabytes for one damaged byte.
+class _TensorUnpickler(pickle._Unpickler):
     def __init__(self, archive: zipfile.ZipFile, root: str, path: Path) -> None:
         super().__init__(io.BytesIO(archive.read(f"{root}data.pkl")))
         self._archive, self._root, self._path = archive, root, path
@@ -132,6 +135,8 @@ def _rebuild_tensor(storage: np.ndarray, offset: int, size: tuple, stride: tuple
     last = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
     if offset < 0 or any(s < 0 for s in stride) or (0 not in size and last >= storage.size):
         raise pickle.UnpicklingError("a tensor reaches beyond its storage")
+    if math.prod(size) > storage.size:
+        raise pickle.UnpicklingError("a tensor is larger than its storage")
     strides = [s * storage.itemsize for s in stride]
     return np.lib.stride_tricks.as_strided(storage[offset:], size, strides).copy()
 

@@ -183,10 +183,10 @@ def seconds_per_row(method: Method, predictor: StitchedPredictor, image: np.ndar
         _, (info,) = method.once(jax.random.key(0), predictor, volume, [part])
         return time.perf_counter() - start, info.rows
 
-    voxels = 2
-    timed(voxels)
-    seconds, rows = timed(voxels)
-    while seconds < 1 and voxels < len(instance.voxels):
-        voxels *= 4
+    voxels = 1
+    while True:
+        timed(voxels)  # compiles
         seconds, rows = timed(voxels)
-    return seconds / rows
+        if seconds > 1 or voxels >= len(instance.voxels):
+            return seconds / rows
+        voxels *= 4

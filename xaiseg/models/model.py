@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.tree_util import Partial
 
-from xaiseg._types import LogitsFn, TappedFn
+from xaiseg._types import LocalFn, LogitsFn, TappedFn
 from xaiseg.models.unet import UNet
 
 NETWORKS: dict[str, type[nn.Module]] = {"unet": UNet}
@@ -70,6 +70,18 @@ class Model:
         return Partial(_ApplyTapped(self.network), self.variables)
 
     @property
+    def local_fn(self) -> LocalFn | None:
+        """The logits of a tile of twice the network's total stride; None where a logit depends on the whole decoder."""
+        network = self.network
+        if not getattr(network, "has_local_decoder", False):
+            return None
+        alignment = network.tile_alignment
+        tile = tuple(2 * n for n in alignment)
+        if any(t >= w for t, w in zip(tile, self.spec.window, strict=True)):
+            return None
+        return LocalFn(Partial(_ApplyTile(network, tile), self.variables), tile, alignment)
+
+    @property
     def parameter_count(self) -> int:
         return sum(leaf.size for leaf in jax.tree.leaves(self.variables["params"]))
 
@@ -116,6 +128,15 @@ class _ApplyTapped:
 
     def __call__(self, variables: Variables, x: Array, offsets: Mapping[str, Array]) -> tuple[Array, dict[str, Array]]:
         return self.network.apply(variables, x, offsets)
+
+
+@dataclass(frozen=True)
+class _ApplyTile:
+    network: nn.Module
+    tile: tuple[int, ...]
+
+    def __call__(self, variables: Variables, x: Array, start: Array) -> Array:
+        return self.network.apply(variables, x, tile=(start, self.tile))[0]
 
 
 def _hashable(value: Any) -> Any:

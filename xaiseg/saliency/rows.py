@@ -2,11 +2,12 @@
 
 The blended logit of a voxel is a fixed linear combination of the logits of the windows that hold it, `y[v] = Σ_w s_w(v) y_w[v]`, so
 its row is `Σ_w s_w(v) · ∂y_w[v]/∂x`: a few pull-backs, each through one window, and no other window of the volume matters.
-Each window is linearised once; its pull-back is then mapped over chunks of one-hot cotangents.
+Each window is linearised once; its pull-back is then mapped over chunks of one-hot cotangents. A one-hot cotangent reaches only a
+small part of the decoder: where the network can compute the logits of a tile alone, the tile around the voxels is linearised.
 """
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -43,7 +44,7 @@ def jacobian_rows(aggregator: Aggregator, *, chunk: int | None = None, memory: i
         progress: Progress | None = None,
     ) -> tuple[list[SaliencyMap], list[Info]]:
         plan = predictor.plan(image.shape)
-        windows = _Linearised(predictor, plan, pad(image, plan))
+        linearised = _Linearised(predictor, plan, pad(image, plan))
         maps, infos = [], []
         for instance in instances:
             groups = list(window_groups(plan, instance))
@@ -52,7 +53,7 @@ def jacobian_rows(aggregator: Aggregator, *, chunk: int | None = None, memory: i
             for group in groups:
                 box = _bounding_box(plan, group.windows)
                 inner = np.array(box.start, np.int32) - np.array(region.start, np.int32)
-                for rows, index, weight in _stream(plan, windows, group, box, aggregator.linear, chunk, memory):
+                for rows, index, weight in _stream(linearised, group, box, aggregator, chunk, memory):
                     state = _update(aggregator, state, rows, index, weight, inner)
                     if progress is not None:
                         jax.block_until_ready(state)
@@ -113,35 +114,37 @@ def crop_to_volume(plan: WindowPlan, values: np.ndarray, start: Sequence[int]) -
 
 
 def _stream(
-    plan: WindowPlan,
-    windows: "_Linearised",
+    linearised: "_Linearised",
     group: WindowGroup,
     box: _Box,
-    linear: bool,
+    aggregator: Aggregator,
     chunk: int | None,
     memory: int | None,
 ) -> Iterator[tuple[Array, np.ndarray, np.ndarray]]:
     """Chunks of rows over the group's box, `(K, *box, C)`, with their row numbers and weights."""
+    plan = linearised.plan
     offsets = plan.starts[group.windows] - np.array(box.start, np.int32)
-    pulls = [windows[int(w)] for w in group.windows]
-    if linear:
+    if aggregator.linear:
         # the sum of the rows is one pull-back of the summed cotangents
         parts = []
-        for pull, local, share in zip(pulls, group.local, group.share, strict=True):
+        for window, local, share in zip(group.windows, group.local, group.share, strict=True):
             cotangent = np.zeros(plan.window, np.float32)
             cotangent[tuple(local.T)] = share
-            parts.append(_pull_one(pull, cotangent)[None])
+            parts.append(_pull_one(linearised.window(int(window)), cotangent)[None])
         yield _place(parts, offsets, box.shape), group.rows[:1], np.array([len(group.rows)], np.float32)
         return
-    size = chunk_size(pulls[0], plan.window, chunk, memory)
-    for first in range(0, len(group.rows), size):
-        held = slice(first, first + size)
-        weight = np.ones(len(group.rows[held]), np.float32)
-        parts = [
-            _pull_rows(pull, _fill(local[held], size), _fill(share[held], size), plan.window)
-            for pull, local, share in zip(pulls, group.local, group.share, strict=True)
-        ]
-        yield _place(parts, offsets, box.shape), _fill(group.rows[held], size), _fill(weight, size)
+    for part, starts, sides in linearised.tiles(group):
+        pulls = [linearised.tile(int(w), start) for w, start in zip(part.windows, starts, strict=True)]
+        places = part.local - starts[:, None]
+        size = chunk_size(pulls[0], sides, chunk, memory)
+        for first in range(0, len(part.rows), size):
+            held = slice(first, first + size)
+            weight = np.ones(len(part.rows[held]), np.float32)
+            parts = [
+                _pull_rows(pull, _fill(place[held], size), _fill(share[held], size), sides)
+                for pull, place, share in zip(pulls, places, part.share, strict=True)
+            ]
+            yield _place(parts, offsets, box.shape), _fill(part.rows[held], size), _fill(weight, size)
 
 
 def _fill(array: np.ndarray, size: int) -> np.ndarray:
@@ -192,27 +195,75 @@ def _device_budget() -> int:
 
 
 class _Linearised:
-    """Pull-backs of the windows of one volume, the last few kept."""
+    """Pull-backs of windows of one volume, the last few kept: of the whole window, or of a tile of its logits."""
 
     def __init__(self, predictor: StitchedPredictor, plan: WindowPlan, padded: Array) -> None:
-        self._predictor, self._plan, self._padded = predictor, plan, padded
-        self._kept: OrderedDict[int, Any] = OrderedDict()
+        self.plan = plan
+        self._predictor, self._padded = predictor, padded
+        self._kept: OrderedDict[tuple[int, ...], Any] = OrderedDict()
 
-    def __getitem__(self, window: int) -> Any:
-        if window not in self._kept:
+    def window(self, window: int) -> Any:
+        p, start = self._predictor, self.plan.starts[window]
+        return self._keep((window,), lambda: _linearise(p.logits_fn, self._padded, start, p.window, p.target_class))
+
+    def tile(self, window: int, start: np.ndarray) -> Any:
+        """The pull-back of the tile that begins at `start` within a window; of the window, if the network has no tiles."""
+        p, corner = self._predictor, self.plan.starts[window]
+        if p.local_fn is None:
+            return self.window(window)
+        function = p.local_fn.function
+        return self._keep(
+            (window, *start.tolist()),
+            lambda: _linearise_tile(function, self._padded, corner, start, p.window, p.target_class),
+        )
+
+    def tiles(self, group: WindowGroup) -> Iterator[tuple[WindowGroup, np.ndarray, tuple[int, ...]]]:
+        """A group in parts, each of which lies in one tile of every window: the part, `(m, 3)` tile starts, and tile sides."""
+        local_fn = self._predictor.local_fn
+        if local_fn is None:
+            yield group, np.zeros((len(group.windows), 3), np.int32), self.plan.window
+            return
+        align, tile = np.array(local_fn.alignment, np.int32), np.array(local_fn.tile, np.int32)
+
+        def starts(part: WindowGroup) -> np.ndarray:
+            return np.minimum(part.local.min(1) // align * align, np.array(self.plan.window, np.int32) - tile)
+
+        parts = [group]
+        if (group.local.max(1) >= starts(group) + tile).any():
+            # a block as large as the alignment fits into a tile of twice that, however the windows cut it
+            blocks, block_of = np.unique(group.local[0] // align, axis=0, return_inverse=True)
+            held = [np.flatnonzero(block_of.reshape(-1) == number) for number in range(len(blocks))]
+            parts = [WindowGroup(group.windows, group.rows[h], group.local[:, h], group.share[:, h]) for h in held]
+        for part in parts:
+            yield part, starts(part), local_fn.tile
+
+    def _keep(self, key: tuple[int, ...], make: Callable[[], Any]) -> Any:
+        if key not in self._kept:
             while len(self._kept) >= _LINEARISED:
                 self._kept.popitem(last=False)
-            p, start = self._predictor, self._plan.starts[window]
-            self._kept[window] = _linearise(p.logits_fn, self._padded, start, p.window, p.target_class)
-        self._kept.move_to_end(window)
-        return self._kept[window]
+            self._kept[key] = make()
+        self._kept.move_to_end(key)
+        return self._kept[key]
 
 
 @partial(jax.jit, static_argnums=(3, 4))
 def _linearise(logits_fn: LogitsFn, padded: Array, start: Array, window: tuple[int, ...], target_class: int) -> Any:
-    x = jax.lax.dynamic_slice(padded, (start[0], start[1], start[2], 0), (*window, padded.shape[-1]))
+    x = _cut(padded, start, window)
     _, pull = jax.vjp(lambda x: logits_fn(x[None])[0, ..., target_class], x)
     return pull
+
+
+@partial(jax.jit, static_argnums=(4, 5))
+def _linearise_tile(
+    function: Any, padded: Array, start: Array, tile_start: Array, window: tuple[int, ...], target_class: int
+) -> Any:
+    x = _cut(padded, start, window)
+    _, pull = jax.vjp(lambda x: function(x[None], tile_start)[0, ..., target_class], x)
+    return pull
+
+
+def _cut(padded: Array, start: Array, window: tuple[int, ...]) -> Array:
+    return jax.lax.dynamic_slice(padded, (start[0], start[1], start[2], 0), (*window, padded.shape[-1]))
 
 
 @partial(jax.jit, static_argnums=3)
