@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ class Xaiseg:
         return np.asarray(self.apply(self.logits_fn, self.x))
 
     def linearise(self, tiled: bool = True) -> Any:
-        """The pull-back that `explain` uses, of the tile around the voxels, or that of the whole window; with its place and sides."""
+        """The pull-back of the tile around the voxels, as `explain` uses it, or of the whole window; with place and sides."""
         x, zero = self.x, np.zeros(3, np.int32)
         if not tiled:
             pull = self.module._linearise(self.logits_fn, x, zero, WINDOW, 1)
@@ -181,14 +182,12 @@ def layers(repeats: int) -> None:
     for name, (n, c), shape, s, transposed in cases:
         kernel = jnp.asarray(np.random.default_rng(1).standard_normal(shape).astype(np.float32))
         x = jnp.ones((1, n, n, n, c))
+        strides, padding = (s,) * 3, [(1, 1)] * 3
         line = f"{name:28}"
         for lowering in ("folded", "native"):
-
-            def apply(x: Any, lowering: Any = lowering) -> Any:
-                if transposed:
-                    return conv_transpose(x, kernel, (s,) * 3, [(1, 1)] * 3, (s - 1,) * 3, lowering)
-                return conv(x, kernel, (s,) * 3, [(1, 1)] * 3, lowering)
-
+            extra = {"output_padding": (s - 1,) * 3} if transposed else {}
+            layer = conv_transpose if transposed else conv
+            apply = partial(layer, kernel=kernel, strides=strides, padding=padding, lowering=lowering, **extra)
             forward = jax.jit(apply)
             backward = jax.jit(lambda y, f=apply: jax.linear_transpose(f, x)(y)[0])
             y = jax.block_until_ready(forward(x))

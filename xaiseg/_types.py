@@ -29,7 +29,7 @@ class LocalFn(NamedTuple):
 
 
 class Instance(NamedTuple):
-    """One lesion: its label and its voxels `(n, 3)` int32, in C order of the volume, so that row `i` of its Jacobian is voxel `i`."""
+    """One lesion: its label and its voxels `(n, 3)` int32, in C order of the volume; row `i` of its Jacobian is voxel `i`."""
 
     label: int
     voxels: np.ndarray

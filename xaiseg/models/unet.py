@@ -96,7 +96,7 @@ class UNet(nn.Module):
             if tile is None:
                 return y
             origin = tile[0] // jnp.array([math.prod(axis) for axis in zip(*steps[:grid], strict=True)], jnp.int32)
-            corner = (0, *(origin[axis] for axis in range(self.ndim)), 0)
+            corner = jnp.pad(origin, (1, 1))
             padded = jnp.pad(y, ((0, 0), *((0, n) for n in sides[grid]), (0, 0)))
             return lax.dynamic_slice(padded, corner, (y.shape[0], *sides[grid], y.shape[-1]))
 

@@ -70,7 +70,8 @@ def jacobian_rows(aggregator: Aggregator, *, chunk: int | None = None, memory: i
 class WindowGroup(NamedTuple):
     """Voxels of an instance that lie in the same windows.
 
-    windows: `(m,)` numbers of the plan. rows: `(n,)` row numbers. local: `(m, n, 3)` places in each window. share: `(m, n)` blend shares.
+    windows: `(m,)` numbers of the plan. rows: `(n,)` row numbers. local: `(m, n, 3)` places in each window.
+    share: `(m, n)` blend shares.
     """
 
     windows: np.ndarray
@@ -161,7 +162,8 @@ def chunk_size(pull: Any, window: tuple[int, ...], chunk: int | None, memory: in
     if memory is not None and memory < needed * (chunk or 1):
         rows = f"a chunk of {chunk} rows" if chunk else "one row"
         raise InputError(
-            f"--memory {memory / 2**20:.0f} MiB is too little: {rows} of this network takes {needed * (chunk or 1) / 2**20:.0f} MiB; "
+            f"--memory {memory / 2**20:.0f} MiB is too little: {rows} of this network takes "
+            f"{needed * (chunk or 1) / 2**20:.0f} MiB; "
             f"give more memory{' or a smaller --chunk' if chunk else ''}"
         )
     if chunk is not None:
