@@ -189,7 +189,7 @@ def layers(repeats: int) -> None:
             layer = conv_transpose if transposed else conv
             apply = partial(layer, kernel=kernel, strides=strides, padding=padding, lowering=lowering, **extra)
             forward = jax.jit(apply)
-            backward = jax.jit(lambda y, f=apply: jax.linear_transpose(f, x)(y)[0])
+            backward = jax.jit(lambda y, f=apply, x=x: jax.linear_transpose(f, x)(y)[0])
             y = jax.block_until_ready(forward(x))
             jax.block_until_ready(backward(y))
             figures = [

@@ -18,8 +18,8 @@ def smoothgrad(
     """Mean over noisy copies of the aggregated rows of the instance's Jacobian.
 
     Maps are `(x, y, z, C)`, signed and unscaled, in Δlogit per unit of normalised intensity. `aggregate` is `signed_max`
-    (eq. 3, the quantitative form) or `mean` (eq. 2). `samples=1, noise=0` gives the plain gradient. See `jacobian_rows` for `chunk` and
-    `memory` (bytes), `noisy_mean` for the noise.
+    (eq. 3, the quantitative form) or `mean` (eq. 2). `samples=1, noise=0` gives the plain gradient. See `jacobian_rows` for
+    `chunk` and `memory` (bytes), `noisy_mean` for the noise.
     """
     if aggregate not in AGGREGATORS:
         raise ValueError(f"aggregate is {aggregate!r}, known are {', '.join(AGGREGATORS)}")
