@@ -19,7 +19,7 @@ SCHEDULES = ("constant", "cosine", "polynomial")
 class Config:
     """Settings of a run. The defaults are the paper's, where it gives one. Lengths are in voxels.
 
-    channels, orientation, window, overlap: see `xaiseg.models.ModelSpec`.
+    channels, orientation, window, overlap, min_voxels: see `xaiseg.models.ModelSpec`.
     features, strides, norm: of the `UNet`.
     phantoms, validation_phantoms: seeds (first, one past the last) of synthetic brains to use instead of scans.
 
@@ -44,6 +44,7 @@ class Config:
     norm: str = "batch"
     window: tuple[int, ...] = (96, 96, 96)
     overlap: float = 0.25
+    min_voxels: int = 1
     phantoms: tuple[int, ...] = ()
     validation_phantoms: tuple[int, ...] = ()
 
@@ -79,6 +80,7 @@ class Config:
             "window": list(self.window),
             "overlap": self.overlap,
             "threshold": threshold,
+            "min_voxels": self.min_voxels,
             "orientation": self.orientation,
             "default_layer": "decoder1.conv" if len(self.features) > 2 else "bottleneck.conv",
             "source": source,

@@ -90,7 +90,8 @@ def test_derivatives_are_finite_differences_in_float64(c_in):
     with jax.enable_x64(True):
         rng = np.random.default_rng(4)
         x, kernel, back = (
-            jnp.asarray(rng.standard_normal(shape)) for shape in [(1, 4, 4, 2, c_in), (3, 3, 3, c_in, 2), (3, 3, 3, c_in, 2)]
+            jnp.asarray(rng.standard_normal(shape))
+            for shape in [(1, 4, 4, 2, c_in), (3, 3, 3, c_in, 2), (3, 3, 3, c_in, 2)]
         )
         padding = [(1, 1)] * 3
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from xaiseg.checkpoints import monai_unet, read_state_dict
-from xaiseg.models import ModelSpec, UNet, build_network, expected_variables
+from xaiseg.models import Model, ModelSpec, UNet, build_network, expected_variables
 from xaiseg.models.layers import BatchNorm, InstanceNorm
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
@@ -44,6 +44,8 @@ def test_taps_are_named_in_order_and_end_in_the_logits():
     levels = ["encoder0", "encoder1", "bottleneck", "decoder1"]
     assert list(taps) == [name for level in levels for name in (f"{level}.conv", level)] + ["decoder0.conv"]
     np.testing.assert_array_equal(taps["decoder0.conv"], logits)
+    spec = ModelSpec("unet", {"channels": (4, 8, 16), "strides": (2, 2)}, ("FLAIR", "T1w"), (12, 8, 16))
+    assert list(Model(spec, variables).taps().items()) == [(name, tap.shape[1:]) for name, tap in taps.items()]
     assert taps["decoder1.conv"].shape == (1, 6, 4, 8, 4)
 
 
@@ -119,7 +121,9 @@ def test_batch_norm_in_training_is_the_two_pass_formula(mean, sd):
 def test_batch_norm_in_inference_keeps_its_statistics():
     network, variables, x, _ = load("unet_batch")
     _, updated = network.apply(variables, x, mutable=["batch_stats"])
-    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), updated["batch_stats"], variables["batch_stats"]))
+    assert jax.tree.all(
+        jax.tree.map(lambda a, b: bool((a == b).all()), updated["batch_stats"], variables["batch_stats"])
+    )
 
 
 @pytest.mark.parametrize(("mean", "sd"), [(0.0, 1.0), (1000.0, 0.01)])
@@ -130,3 +134,47 @@ def test_instance_norm_is_the_two_pass_formula_per_image(mean, sd):
     m, v = exact.mean((1, 2, 3), keepdims=True), exact.var((1, 2, 3), keepdims=True)
     y = InstanceNorm(affine=False).apply({}, x)
     np.testing.assert_allclose(y, (exact - m) / np.sqrt(v + 1e-5), atol=5e-2 if mean == 1000 else 1e-5)
+
+
+TILED = {
+    "the paper's strides": ({"channels": (2, 3, 4), "strides": (2, 2)}, (12, 8, 16)),
+    "anisotropic": ({"channels": (2, 3, 4), "strides": ((2, 3, 2), (2, 2, 3))}, (12, 12, 18)),
+    "kernel 2": ({"channels": (2, 3, 4), "strides": (2, 2), "up_kernel_size": 2}, (8, 12, 12)),
+    "wide kernel, wide stride": ({"channels": (2, 3), "strides": (4,), "up_kernel_size": 5}, (12, 8, 16)),
+    "one axis kept": ({"channels": (2, 3, 4), "strides": ((1, 2, 2), 2), "up_kernel_size": (1, 3, 3)}, (8, 12, 12)),
+}
+
+
+@pytest.mark.parametrize(("options", "grid"), TILED.values(), ids=TILED.keys())
+def test_a_tile_is_that_part_of_the_logits_and_of_their_gradient(options, grid):
+    network = UNet(**options, norm="none")
+    rng = np.random.default_rng(3)
+    x = jnp.asarray(rng.standard_normal((1, *grid, 2)), jnp.float32)
+    variables = jax.jit(network.init)(jax.random.key(1), x)
+    step = network.tile_alignment
+    size = tuple(2 * s for s in step)
+    assert network.has_local_decoder
+
+    @jax.jit
+    def both(start, cotangent):
+        corner = (0, start[0], start[1], start[2], 0)
+        whole, pull = jax.vjp(lambda x: network.apply(variables, x)[0], x)
+        part, pull_part = jax.vjp(lambda x: network.apply(variables, x, tile=(start, size))[0], x)
+        spread = jax.lax.dynamic_update_slice(jnp.zeros_like(whole), cotangent, corner)
+        return jax.lax.dynamic_slice(whole, corner, part.shape), part, pull(spread)[0], pull_part(cotangent)[0]
+
+    cotangent = jnp.asarray(rng.standard_normal((1, *size, 2)), jnp.float32)
+    for start in np.ndindex(*((n - t) // s + 1 for n, t, s in zip(grid, size, step, strict=True))):
+        logits, tile, gradient, tile_gradient = both(jnp.asarray(np.array(start) * step, jnp.int32), cotangent)
+        # the same products in float32, perhaps added in another order
+        np.testing.assert_allclose(tile, logits, atol=1e-5)
+        np.testing.assert_allclose(tile_gradient, gradient, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"norm": "instance"}, {"norm": "instance_affine"}, {"up_kernel_size": 5}, {"strides": (2, 2, 2, 1)}],
+)
+def test_a_network_without_a_local_decoder_says_so(options):
+    assert UNet().has_local_decoder
+    assert not UNet(**options).has_local_decoder

@@ -9,6 +9,7 @@ CONFIG = Config(
     features=(8, 16, 32, 64),
     strides=(2, 2, 2),
     window=(64, 64, 64),
+    min_voxels=4,
     phantoms=(1000, 1024),
     validation_phantoms=(2000, 2004),
     patch=(48, 48, 48),

@@ -99,7 +99,7 @@ def unpad(x: Array, plan: WindowPlan) -> Array:
 
 
 def _add_window(logits_fn: LogitsFn, padded: Array, weight: Array, total: Array, start: Array | np.ndarray) -> Array:
-    corner = (start[0], start[1], start[2], 0)
+    corner = (start[0], start[1], start[2], np.int32(0))  # a plain 0 is int64 where x64 is enabled
     window = jax.lax.dynamic_slice(padded, corner, (*weight.shape, padded.shape[-1]))
     blended = logits_fn(window[None])[0] * weight[..., None]
     seen = jax.lax.dynamic_slice(total, corner, blended.shape)

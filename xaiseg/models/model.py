@@ -88,8 +88,15 @@ class Model:
     def taps(self) -> dict[str, tuple[int, ...]]:
         """Names of the taps, in order of computation, and their shapes `(*grid, features)` for one window."""
         x = jax.ShapeDtypeStruct((1, *self.spec.window, len(self.spec.channels)), jnp.float32)
-        _, taps = jax.eval_shape(self.network.apply, self.variables, x)
-        return {name: tap.shape[1:] for name, tap in taps.items()}
+        order: list[str] = []  # JAX sorts the keys of a dict that it returns
+
+        def tapped(variables: Variables, x: Array) -> dict[str, Array]:
+            _, taps = self.network.apply(variables, x)
+            order.extend(taps)
+            return taps
+
+        taps = jax.eval_shape(tapped, self.variables, x)
+        return {name: taps[name].shape[1:] for name in order}
 
     def with_spec(self, **changes: Any) -> "Model":
         return replace(self, spec=replace(self.spec, **changes))

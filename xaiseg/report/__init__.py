@@ -1,5 +1,6 @@
 """What a reader sees of a run: the pictures."""
 
-from xaiseg.report.figure import lesion_figure, summary_figure
+from xaiseg.report.lesion import lesion_figure
+from xaiseg.report.summary import summary_figure
 
 __all__ = ["lesion_figure", "summary_figure"]

@@ -1,4 +1,4 @@
-"""The pictures: what is checked are numbers and sides, and that the same input gives the same bytes."""
+"""The picture of a lesion: what is checked are numbers and sides, and that the same input gives the same bytes."""
 
 from itertools import product
 
@@ -9,17 +9,7 @@ from matplotlib.collections import LineCollection
 from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, ornt_transform
 from PIL import Image
 
-from xaiseg.report.figure import (
-    OPAQUE_FROM,
-    field_of_view,
-    grey_window,
-    lesion_figure,
-    outline,
-    overlay_colours,
-    planes_through,
-    summary_figure,
-    symmetric_limit,
-)
+from xaiseg.report.lesion import field_of_view, grey_window, lesion_figure, outline, planes_through, symmetric_limit
 
 SHAPE = (40, 48, 36)
 TEXT = {"title": "sub-$1$ · lesion 3 · TP", "subtitle": "412 mm³", "unit": "Δlogit"}
@@ -115,17 +105,6 @@ def test_a_map_of_zeros_draws_no_colour(curved):
     fig = lesion_figure(**inputs)
     assert [tick.get_text() for tick in fig.axes[-1].get_yticklabels()] == ["0"]
     assert all(abs(ax.images[1].to_rgba(np.zeros(1))[0, 3]) < 0.02 for ax in panels(fig, (3, 4)))  # half a colour step
-
-
-def test_opacity_grows_from_nothing_and_the_sign_gives_the_hue():
-    size = np.linspace(0, 1, 50)
-    for side, strong, weak in ((0.5 + size / 2, 0, 2), (0.5 - size / 2, 2, 0)):
-        rgba = overlay_colours(signed=True)(side)
-        assert (np.diff(rgba[:, 3]) >= 0).all()
-        assert rgba[0, 3] < 0.02
-        assert np.ptp(rgba[size > OPAQUE_FROM + 0.01, 3]) == 0
-        assert (rgba[1:, strong] > rgba[1:, weak]).all()
-    np.testing.assert_array_equal(overlay_colours(signed=False)(size)[-1], overlay_colours(signed=True)(1.0))
 
 
 def test_outline_follows_the_voxel_edges():
@@ -239,42 +218,3 @@ def test_text_stays_inside_and_apart(curved):
 def test_wrong_input_is_named(curved, change, message):
     with pytest.raises(ValueError, match=message):
         lesion_figure(**scan(curved) | change)
-
-
-def lesion(group: str, voxels: int, flair: float, t1w: float) -> dict:
-    return {"case": "sub-1", "lesion": 1, "group": group, "voxels": voxels, "peak_FLAIR": flair, "peak_T1w": t1w}
-
-
-def coloured(path) -> list[int]:
-    """Number of dots' pixels in the four panels: groups and volume of FLAIR, then of T1w."""
-    rgb = np.asarray(Image.open(path).convert("RGB")).astype(int)
-    vivid = np.ptp(rgb, axis=-1) > 40
-    return [int(vivid[y : y + 420, x].sum()) for y in (150, 698) for x in (slice(120, 760), slice(820, 1560))]
-
-
-@pytest.mark.parametrize("group", ["TP", "FN"])
-def test_summary_draws_each_finite_peak_once_in_each_panel(tmp_path, group):
-    rows = [lesion(group, 10, 0.5, 0.1), lesion(group, 1000, 0.9, np.nan)]
-    summary_figure(rows, ("FLAIR", "T1w"), tmp_path / "s.png", unit="Δlogit")
-    (tmp_path / "once").mkdir()
-    summary_figure(rows[:1], ("FLAIR", "T1w"), tmp_path / "once" / "s.png")
-    two, one = coloured(tmp_path / "s.png"), coloured(tmp_path / "once" / "s.png")
-    assert min(two + one) > 10
-    assert two[1] / one[1] == pytest.approx(2, rel=0.2)  # the edges of dots fall differently on pixels
-    assert two[3] / one[3] == pytest.approx(1, rel=0.2)
-    assert [p.name for p in tmp_path.iterdir() if p.is_file()] == ["s.png"]
-
-
-@pytest.mark.parametrize("rows", [[], [lesion("unlabelled", 7, np.nan, np.nan)]])
-def test_summary_without_a_finite_peak_is_an_empty_chart(tmp_path, rows):
-    summary_figure(rows, ("FLAIR", "T1w"), tmp_path / "s.png")
-    assert coloured(tmp_path / "s.png") == [0, 0, 0, 0]
-
-
-def test_summary_repeats_and_does_not_depend_on_the_order_of_lesions(tmp_path):
-    rows = [lesion(group, 3 + n, 0.1 * n, -0.05 * n) for n, group in enumerate(("TP", "FN", "TP", "other", "FP", "TP"))]
-    summary_figure(rows, ("FLAIR", "T1w"), tmp_path / "a.png")
-    summary_figure(rows, ("FLAIR", "T1w"), tmp_path / "b.png")
-    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
-    summary_figure(rows[::-1], ("FLAIR", "T1w"), tmp_path / "c.png")
-    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "c.png").read_bytes()
