@@ -296,12 +296,11 @@ def test_model_parameters_damaged(model: Path, refused_explain: Refused) -> None
     data = max((p for p in (model / "parameters").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
     content = data.read_bytes()
     data.write_bytes(content[: len(content) // 2])
-    assert refused_explain().startswith(f"{model}/parameters: cannot be read")
+    assert refused_explain().startswith(f"{data}: damaged")
     shutil.rmtree(model / "parameters")
-    assert refused_explain().startswith(f"{model}/parameters: ")
+    assert ": missing" in refused_explain()
 
 
-@pytest.mark.xfail(strict=True, reason="checkpoints/folder.py lets warnings of Orbax through to stderr")
 def test_missing_parameters_are_one_line_for_users(scans: Path, model: Path, tmp_path: Path) -> None:
     shutil.rmtree(model / "parameters")
     command = [

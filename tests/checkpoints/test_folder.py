@@ -193,7 +193,7 @@ def test_a_folder_that_is_no_model_is_never_overwritten(model, tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(InputError, match="is not a model folder"):
         save_model(tmp_path, model, overwrite=True)
-    with pytest.raises(InputError, match="is not a model folder"):
+    with pytest.raises(InputError, match="is a file"):
         save_model(tmp_path / "thesis.tex", model, overwrite=True)
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 

@@ -228,7 +228,7 @@ def test_flipped_bytes_are_errors_or_harmless(tmp_path):
     raw = (FIXTURES / "unet_2d.pth").read_bytes()
     path = tmp_path / "a.pth"
     rng = np.random.default_rng(0)
-    refused = 0
+    refused: list[str] = []
     for _ in range(300):
         damaged = bytearray(raw)
         for place in rng.integers(0, len(raw), 3):
@@ -237,11 +237,11 @@ def test_flipped_bytes_are_errors_or_harmless(tmp_path):
         try:
             state = read_state_dict(path)
         except InputError as error:
-            assert "\n" not in str(error)
-            refused += 1
+            refused.append(str(error))
         else:
             assert all(isinstance(value, np.ndarray) for value in state.values())
-    assert refused > 0
+    assert refused
+    assert not any("\n" in text for text in refused)
 
 
 def test_flipped_bytes_within_the_pickle(tmp_path):
@@ -251,7 +251,7 @@ def test_flipped_bytes_within_the_pickle(tmp_path):
     (pickled,) = (name for name in members if name.endswith("data.pkl"))
     path = tmp_path / "a.pth"
     rng = np.random.default_rng(1)
-    refused = 0
+    refused: list[str] = []
     for _ in range(300):
         damaged = bytearray(members[pickled])
         damaged[rng.integers(len(damaged))] = rng.integers(256)
@@ -261,9 +261,9 @@ def test_flipped_bytes_within_the_pickle(tmp_path):
         try:
             read_state_dict(path)
         except InputError as error:
-            assert "\n" not in str(error)
-            refused += 1
-    assert refused > 0
+            refused.append(str(error))
+    assert refused
+    assert not any("\n" in text for text in refused)
 
 
 @pytest.mark.parametrize(
@@ -314,5 +314,5 @@ def test_weights_that_are_not_finite_are_not_converted(tmp_path, storage, dtype,
     content = {name: Stored(array) for name, array in read_state_dict(FIXTURES / "unet_instance_affine.pth").items()}
     content["model.2.conv.bias"] = Stored(np.array([0, value], dtype), storage)
     path = write(tmp_path / "a.pth", content)
-    with pytest.raises(InputError, match="model.2.conv.bias holds NaN or infinite values"):
+    with pytest.raises(InputError, match=r"model\.2\.conv\.bias holds NaN or infinite values"):
         convert(path)

@@ -208,7 +208,6 @@ def test_a_bids_folder_gives_what_a_manifest_gives(
     assert timeless(table(a / "cases.tsv")) == timeless(table(b / "cases.tsv"))
 
 
-@pytest.mark.xfail(strict=True, reason="imaging/bids.py reads the masks of an earlier run as references")
 def test_out_below_the_input_is_not_taken_for_a_reference(explain: Explain, manifest: Path, tmp_path: Path) -> None:
     """The natural place of derivatives is in the dataset they derive from."""
     anat = tmp_path / "bids" / "sub-01" / "ses-1" / "anat"

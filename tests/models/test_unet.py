@@ -49,7 +49,7 @@ def test_taps_are_named_in_order_and_end_in_the_logits():
     assert taps["decoder1.conv"].shape == (1, 6, 4, 8, 4)
 
 
-@pytest.mark.parametrize("name", ["encoder0.conv", "encoder1", "decoder1.conv"])
+@pytest.mark.parametrize("name", ["encoder0.conv", "decoder1"])
 def test_derivative_by_an_offset_is_the_finite_difference(name):
     network, variables, x, _ = load("unet_batch")
     with jax.enable_x64(True):
@@ -73,7 +73,7 @@ def test_derivative_by_an_offset_is_the_finite_difference(name):
 def test_unknown_options_are_refused():
     with pytest.raises(ValueError, match="architecture 'vnet' is unknown; known are unet"):
         build_network(ModelSpec("vnet", {}, ("FLAIR",), (8, 8, 8)))
-    with pytest.raises(ValueError, match="options of unet.*depth"):
+    with pytest.raises(ValueError, match=r"options of unet.*depth"):
         build_network(ModelSpec("unet", {"depth": 3}, ("FLAIR",), (8, 8, 8)))
 
 
@@ -109,7 +109,8 @@ def test_batch_norm_in_training_is_the_two_pass_formula(mean, sd):
     exact = np.asarray(x, np.float64)
     m, v = exact.mean((0, 1, 2, 3)), exact.var((0, 1, 2, 3))
     expected = (exact - m) / np.sqrt(v + 1e-5) * np.asarray(params["scale"]) + np.asarray(params["bias"])
-    # a float32 mean of 1000 may be off by several units of 6e-5, a few per cent of the sd of 0.01; the one-pass variance is off tenfold
+    # a float32 mean of 1000 may be off by several units of 6e-5, a few per cent of the sd of 0.01;
+    # a one-pass variance is off tenfold
     np.testing.assert_allclose(y, expected, atol=5e-2 if mean == 1000 else 1e-5)
     kept = updated["batch_stats"]
     np.testing.assert_allclose(kept["mean"], 0.9 * np.asarray(stats["mean"]) + 0.1 * m, rtol=1e-6)
@@ -141,7 +142,6 @@ TILED = {
     "anisotropic": ({"channels": (2, 3, 4), "strides": ((2, 3, 2), (2, 2, 3))}, (12, 12, 18)),
     "kernel 2": ({"channels": (2, 3, 4), "strides": (2, 2), "up_kernel_size": 2}, (8, 12, 12)),
     "wide kernel, wide stride": ({"channels": (2, 3), "strides": (4,), "up_kernel_size": 5}, (12, 8, 16)),
-    "one axis kept": ({"channels": (2, 3, 4), "strides": ((1, 2, 2), 2), "up_kernel_size": (1, 3, 3)}, (8, 12, 12)),
 }
 
 

@@ -89,10 +89,8 @@ def test_rows_are_finite_differences_of_the_stitched_logits(shape, aggregate):
     predictor = StitchedPredictor(smooth, (4, 4, 4))
     image = jax.random.normal(jax.random.key(1), (*shape, 2))
     rows = finite_difference_rows(predictor, image, LESION)
-    if aggregate == "signed_max":
-        expected = np.take_along_axis(rows, np.abs(rows).argmax(0)[None], 0)[0]
-    else:
-        expected = rows.mean(0)
+    largest = np.take_along_axis(rows, np.abs(rows).argmax(0)[None], 0)[0]
+    expected = {"signed_max": largest, "mean": rows.mean(0)}[aggregate]
     (found,), (info,) = jacobian_rows(AGGREGATORS[aggregate](), chunk=3)(KEY, predictor, image, [Instance(1, LESION)])
     # float32 against central differences, whose own error is of order step² = 1e-10; the largest entry is about 2
     np.testing.assert_allclose(whole(found, shape), expected, atol=1e-5)

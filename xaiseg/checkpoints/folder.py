@@ -25,6 +25,8 @@ def save_model(folder: str | Path, model: Model, overwrite: bool = False) -> Pat
     Raises InputError where the folder exists (without `overwrite`) or cannot be written.
     """
     folder = Path(folder).absolute()
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder}: is a file, expected a folder to write; choose another name")
     if folder.exists() and not overwrite:
         raise InputError(f"{folder}: exists; choose another folder or give --overwrite")
     if folder.exists() and not _replaceable(folder):
@@ -38,7 +40,12 @@ def save_model(folder: str | Path, model: Model, overwrite: bool = False) -> Pat
         (staging / "new").mkdir()  # the staging folder itself is closed to others
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(staging / "new" / "parameters", jax.tree.map(np.asarray, dict(model.variables)))
-        description = {"format": _FORMAT, "xaiseg_version": __version__, **dataclasses.asdict(model.spec)}
+        description = {
+            "format": _FORMAT,
+            "xaiseg_version": __version__,
+            **dataclasses.asdict(model.spec),
+            "files": _hashes(staging / "parameters"),
+        }
         (staging / "new" / "model.json").write_text(json.dumps(description, indent=2) + "\n")
         if folder.exists():
             folder.rename(staging / "old")
@@ -55,7 +62,9 @@ def _replaceable(folder: Path) -> bool:
 def load_model(folder: str | Path) -> Model:
     """Read a model folder. Raises InputError where it is missing, damaged, or its parameters do not fit its architecture."""
     folder = Path(folder).absolute()
-    spec = _read_spec(folder)
+    content = _read_description(folder)
+    _check_files(folder, content.pop("files", None))
+    spec = spec_from_dict(content, str(folder / "model.json"))
     expected = expected_variables(spec)
     try:
         with ocp.StandardCheckpointer() as checkpointer:
@@ -83,7 +92,26 @@ def model_hash(model: Model) -> str:
     return digest.hexdigest()
 
 
-def _read_spec(folder: Path) -> ModelSpec:
+def _hashes(parameters: Path) -> dict[str, str]:
+    """SHA-256 of each file below a folder, by its path within it."""
+    files = sorted(path for path in parameters.rglob("*") if path.is_file())
+    return {path.relative_to(parameters).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def _check_files(folder: Path, recorded: Any) -> None:
+    """Raise InputError unless the parameters are the files that were saved; Orbax's own complaints are long and many."""
+    if not isinstance(recorded, dict):
+        raise InputError(f"{folder}/model.json: field 'files' is missing; convert or train the model again")
+    found = _hashes(folder / "parameters")
+    for name, digest in recorded.items():
+        if found.get(name) != digest:
+            state = "damaged" if name in found else "missing"
+            raise InputError(
+                f"{folder}/parameters/{name}: {state}; copy the model folder again, or convert or train it again"
+            )
+
+
+def _read_description(folder: Path) -> dict[str, Any]:
     file = folder / "model.json"
     if not file.is_file():
         raise InputError(f"{folder}: not a model folder (no model.json inside); make one with `xaiseg convert`")
@@ -96,7 +124,7 @@ def _read_spec(folder: Path) -> ModelSpec:
     if content.pop("format", None) != _FORMAT:
         raise InputError(f"{file}: written in a format this xaiseg ({__version__}) does not read; update xaiseg")
     content.pop("xaiseg_version", None)
-    return spec_from_dict(content, str(file))
+    return content
 
 
 def spec_from_dict(content: dict[str, Any], source: str) -> ModelSpec:
@@ -135,6 +163,7 @@ def spec_from_dict(content: dict[str, Any], source: str) -> ModelSpec:
         (spec.connectivity in (6, 18, 26), "connectivity", "6, 18 or 26"),
         (isinstance(spec.min_voxels, int) and spec.min_voxels >= 1, "min_voxels", "a positive integer"),
         (spec.normalisation == "zscore_nonzero", "normalisation", "zscore_nonzero"),
+        (isinstance(spec.target_class, int) and spec.target_class >= 0, "target_class", "a class index, 0 or more"),
         (_is_orientation(spec.orientation), "orientation", "native, or axis codes such as RAS"),
     ]
     for holds, name, expected in rules:

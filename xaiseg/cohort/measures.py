@@ -70,12 +70,14 @@ def lesion_row(
     }
 
 
-def map_row(prefix: str, names: Sequence[str], saliency: SaliencyMap, info: Info, instance: Instance) -> dict[str, Any]:
-    """The columns `PREFIX_NAME_measure` for each name, one per channel of the map, and `PREFIX_measure` of the method."""
-    local = instance.voxels - np.array(saliency.start)
-    inside = np.zeros(saliency.values.shape[:3], bool)
-    inside[tuple(local.T)] = True
-    ring = ndimage.binary_dilation(inside, _NEIGHBOURS_18, RING_VOXELS) & ~inside
+def map_row(
+    prefix: str, names: Sequence[str], saliency: SaliencyMap, info: Info, instance: Instance, shape: Sequence[int]
+) -> dict[str, Any]:
+    """The columns `PREFIX_NAME_measure` for each name, one per channel of the map, and `PREFIX_measure` of the method.
+
+    shape: of the volume that the map is a crop of.
+    """
+    ring = ring_voxels(instance, shape)
     row: dict[str, Any] = {}
     for channel, name in enumerate(names):
         values = saliency.values[..., channel].astype(np.float64)
@@ -84,8 +86,8 @@ def map_row(prefix: str, names: Sequence[str], saliency: SaliencyMap, info: Info
         measures = {
             "peak": values[peak],
             "minimum": values.min(),
-            "mean_inside": values[inside].mean(),
-            "mean_ring": values[ring].mean() if ring.any() else None,
+            "mean_inside": _values_at(values, saliency.start, instance.voxels).mean(),
+            "mean_ring": _values_at(values, saliency.start, ring).mean() if len(ring) else None,
             "positive_mass": values[values > 0].sum(),
             "negative_mass": values[values < 0].sum(),
             "peak_se": error,
@@ -93,6 +95,24 @@ def map_row(prefix: str, names: Sequence[str], saliency: SaliencyMap, info: Info
         row |= {_column(prefix, name, measure): value for measure, value in measures.items()}
     row |= {f"{prefix}_samples": info.samples, f"{prefix}_windows": info.windows, f"{prefix}_rows": info.rows}
     return row
+
+
+def ring_voxels(instance: Instance, shape: Sequence[int]) -> np.ndarray:
+    """The voxels `(n, 3)` of the ring around an instance that lie in a volume of `shape`."""
+    low = instance.voxels.min(0) - RING_VOXELS
+    box = np.zeros(instance.voxels.max(0) + RING_VOXELS + 1 - low, bool)
+    box[tuple((instance.voxels - low).T)] = True
+    ring = np.argwhere(ndimage.binary_dilation(box, _NEIGHBOURS_18, RING_VOXELS) & ~box) + low
+    return ring[((ring >= 0) & (ring < np.array(shape[:3]))).all(1)]
+
+
+def _values_at(values: np.ndarray, start: Sequence[int], voxels: np.ndarray) -> np.ndarray:
+    """Values of a cropped map at voxels of the volume; beyond the crop a map is zero."""
+    local = voxels - np.array(start)
+    held = ((local >= 0) & (local < np.array(values.shape))).all(1)
+    found = np.zeros(len(voxels))
+    found[held] = values[tuple(local[held].T)]
+    return found
 
 
 def describe_columns(methods: Mapping[str, tuple[Sequence[str], str]]) -> dict[str, dict[str, str]]:

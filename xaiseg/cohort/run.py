@@ -221,7 +221,7 @@ def _explain_case(
         explained = explain_scan(key, method, predictor, scan.image, work.instances, memory, bar.update)
         for instance, saliency, info, seconds in explained:
             row = by_label[instance.label]
-            row |= map_row(method.key, method.names, saliency, info, instance)
+            row |= map_row(method.key, method.names, saliency, info, instance, scan.image.shape)
             row[f"{method.key}_seconds"] = seconds
             stem = f"space-orig_desc-{method.key}_lesion-{instance.label:03d}_saliency"
             trimmed = trim(saliency)

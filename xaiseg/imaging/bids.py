@@ -1,5 +1,6 @@
 """Cases found in a BIDS folder: sub-*/[ses-*/]anat/*_<channel>.nii[.gz], lesions under derivatives/*/."""
 
+import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ def read_bids(folder: Path, channels: Sequence[str]) -> list[Case]:
 
     The BIDS suffix of an image is its channel: `sub-01_ses-1_FLAIR.nii.gz` is the channel FLAIR. Sessions without any
     channel are left out. The reference mask is the one file `*_label-L*_mask` and the map of numbered lesions the one
-    file `*_desc-instances*_dseg` in the same place under any folder of `derivatives`.
+    file `*_desc-instances*_dseg` in the same place under any folder of `derivatives`, this tool's own results excepted.
 
     Raises:
         InputError: a session lacks some of the channels, several files fit one, or there is no case at all.
@@ -69,7 +70,7 @@ def _one(
     folder: Path, name: str, fits: Callable[[list[str]], bool], what: str, below: Path | None = None
 ) -> Path | None:
     """The file in `folder`, or at `below` in any of its subfolders, that belongs to the case `name` and `fits`."""
-    folders = [folder] if below is None else [child / below for child in _listed(folder)]
+    folders = [folder] if below is None else [child / below for child in _listed(folder) if not _is_ours(child)]
     files = [path for place in folders for path in _listed(place) if fits(_entities(path))]
     for path in files:
         if not path.name.startswith(f"{name}_"):
@@ -81,6 +82,15 @@ def _one(
             "expected one: choose the file of each case in a manifest"
         )
     return files[0] if files else None
+
+
+def _is_ours(derivative: Path) -> bool:
+    """Whether a folder of derivatives was written by xaiseg: its predictions are no reference to compare with."""
+    try:
+        description = json.loads((derivative / "dataset_description.json").read_text(encoding="utf-8"))
+        return any(tool.get("Name") == "xaiseg" for tool in description.get("GeneratedBy", []))
+    except (OSError, ValueError, AttributeError, TypeError):
+        return False
 
 
 def _entities(path: Path) -> list[str]:

@@ -105,13 +105,18 @@ def load_scan(case: Case, channels: Sequence[str], orientation: str = NATIVE, re
     volumes = [zscore_nonzero(first, str(paths[0]))]
     for path in paths[1:]:
         volume, own, _ = nifti.read(path)
-        name = str(path)
+        # Standardised on its own grid: interpolation leaves residues in the background, which would count as brain.
+        volume = zscore_nonzero(volume, str(path))
         if unlike := difference(grid, own):
             if not resample:
                 raise InputError(_apart(paths[0], path, unlike))
             moved = resample_from_to(nib.Nifti1Image(volume, own.affine), (grid.shape, grid.affine), order=1)
-            volume, name = np.asarray(moved.dataobj, np.float32), f"{path} (resampled onto {paths[0]})"
-        volumes.append(zscore_nonzero(volume, name))
+            volume = np.asarray(moved.dataobj, np.float32)
+            if not volume.any():
+                raise InputError(
+                    f"{path}: does not overlap {paths[0]} once resampled; check that both are in one space"
+                )
+        volumes.append(volume)
     transform = reorientation(grid, orientation)
     image = reorient(np.stack(volumes, axis=-1), transform)
     return Scan(case.name, image, reorient_grid(grid, transform), grid, header, transform)

@@ -87,7 +87,6 @@ class Model:
 
     def taps(self) -> dict[str, tuple[int, ...]]:
         """Names of the taps, in order of computation, and their shapes `(*grid, features)` for one window."""
-        x = jax.ShapeDtypeStruct((1, *self.spec.window, len(self.spec.channels)), jnp.float32)
         order: list[str] = []  # JAX sorts the keys of a dict that it returns
 
         def tapped(variables: Variables, x: Array) -> dict[str, Array]:
@@ -95,7 +94,7 @@ class Model:
             order.extend(taps)
             return taps
 
-        taps = jax.eval_shape(tapped, self.variables, x)
+        taps = jax.eval_shape(tapped, self.variables, _window(self.spec))
         return {name: taps[name].shape[1:] for name in order}
 
     def with_spec(self, **changes: Any) -> "Model":
@@ -115,8 +114,17 @@ def build_network(spec: ModelSpec) -> nn.Module:
 
 def expected_variables(spec: ModelSpec) -> Variables:
     """Shapes and dtypes of the network's variables, as a tree of `ShapeDtypeStruct`."""
-    x = jax.ShapeDtypeStruct((1, *spec.window, len(spec.channels)), jnp.float32)
-    return jax.eval_shape(build_network(spec).init, jax.random.key(0), x)
+    return jax.eval_shape(build_network(spec).init, jax.random.key(0), _window(spec))
+
+
+def network_classes(spec: ModelSpec) -> int:
+    """The number of classes in the logits. Raises ValueError where the network cannot take the spec's window."""
+    (logits, _), _ = jax.eval_shape(build_network(spec).init_with_output, jax.random.key(0), _window(spec))
+    return logits.shape[-1]
+
+
+def _window(spec: ModelSpec) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((1, *spec.window, len(spec.channels)), jnp.float32)
 
 
 @dataclass(frozen=True)
