@@ -44,7 +44,7 @@ def save_model(folder: str | Path, model: Model, overwrite: bool = False) -> Pat
             "format": _FORMAT,
             "xaiseg_version": __version__,
             **dataclasses.asdict(model.spec),
-            "files": _hashes(staging / "parameters"),
+            "files": _hashes(staging / "new" / "parameters"),
         }
         (staging / "new" / "model.json").write_text(json.dumps(description, indent=2) + "\n")
         if folder.exists():
@@ -100,7 +100,7 @@ def _hashes(parameters: Path) -> dict[str, str]:
 
 def _check_files(folder: Path, recorded: Any) -> None:
     """Raise InputError unless the parameters are the files that were saved; Orbax's own complaints are long and many."""
-    if not isinstance(recorded, dict):
+    if not isinstance(recorded, dict) or not recorded:
         raise InputError(f"{folder}/model.json: field 'files' is missing; convert or train the model again")
     found = _hashes(folder / "parameters")
     for name, digest in recorded.items():

@@ -98,9 +98,18 @@ def unpad(x: Array, plan: WindowPlan) -> Array:
     return x[tuple(slice(lo, lo + n) for (lo, _), n in zip(plan.padding, plan.shape, strict=True))]
 
 
+def cut(padded: Array, start: Array | np.ndarray, window: tuple[int, ...]) -> Array:
+    """The window `(*window, C)` that begins at `start` `(3,)`, which may be traced."""
+    return jax.lax.dynamic_slice(padded, _corner(start), (*window, padded.shape[-1]))
+
+
+def _corner(start: Array | np.ndarray) -> Array:
+    return jnp.pad(jnp.asarray(start), (0, 1))
+
+
 def _add_window(logits_fn: LogitsFn, padded: Array, weight: Array, total: Array, start: Array | np.ndarray) -> Array:
-    corner = (start[0], start[1], start[2], np.int32(0))  # a plain 0 is int64 where x64 is enabled
-    window = jax.lax.dynamic_slice(padded, corner, (*weight.shape, padded.shape[-1]))
+    corner = _corner(start)
+    window = cut(padded, start, weight.shape)
     blended = logits_fn(window[None])[0] * weight[..., None]
     seen = jax.lax.dynamic_slice(total, corner, blended.shape)
     return jax.lax.dynamic_update_slice(total, seen + blended, corner)

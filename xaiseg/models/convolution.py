@@ -5,6 +5,8 @@ On CPU a 3-D convolution is therefore written as 2-D convolutions with the depth
 elsewhere the native 3-D convolution is the right one. Both are plain differentiable JAX code, so forward and reverse mode,
 `vmap` and `jet` pass through; the folded form was chosen such that its *transpose*, which JAX derives, is as fast as itself.
 
+Float32 means float32: the highest precision is asked for, or accelerators would round factors to TF32 or bfloat16.
+
 Arrays are channels last, `(N, *spatial, C)`; kernels are `(*window, C_in, C_out)`.
 """
 
@@ -35,7 +37,7 @@ def conv(x: Array, kernel: Array, strides: Sequence[int], padding: Padding, lowe
         return _native(x, kernel, strides, padding)
     if all(k == 1 for k in kernel.shape[:3]) and not any(p for pair in padding for p in pair):
         x = x[:, :: strides[0], :: strides[1], :: strides[2]]
-        return lax.dot_general(x, kernel[0, 0, 0], (((4,), (0,)), ((), ())))
+        return lax.dot_general(x, kernel[0, 0, 0], (((4,), (0,)), ((), ())), precision=lax.Precision.HIGHEST)
     return _depth_folded(x, kernel, strides, padding)
 
 
@@ -72,7 +74,9 @@ def _platform() -> str:
 def _native(x: Array, kernel: Array, strides: Sequence[int], padding: Padding) -> Array:
     spatial = "DHW"[-(kernel.ndim - 2) :]
     layout = (f"N{spatial}C", f"{spatial}IO", f"N{spatial}C")
-    return lax.conv_general_dilated(x, kernel, tuple(strides), list(padding), dimension_numbers=layout)
+    return lax.conv_general_dilated(
+        x, kernel, tuple(strides), list(padding), dimension_numbers=layout, precision=lax.Precision.HIGHEST
+    )
 
 
 def _depth_folded(x: Array, kernel: Array, strides: Sequence[int], padding: Padding) -> Array:

@@ -5,6 +5,7 @@ Row `i` is `∂y[v_i]/∂x`, with `v_i` the instance's `i`-th voxel in C order a
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -55,12 +56,13 @@ def _max_init(shape: tuple[int, ...]) -> _SignedMax:
 
 def _max_update(state: _SignedMax, rows: Array, index: Array, weight: Array) -> _SignedMax:
     # Padding rows are zero and a zero never beats anything: their weight need not be looked at.
-    value, row = state
-    for k in range(rows.shape[0]):
-        new, old = jnp.abs(rows[k]), jnp.abs(value)
-        wins = (new > old) | ((new == old) & (index[k] < row))
-        value, row = jnp.where(wins, rows[k], value), jnp.where(wins, index[k], row)
-    return _SignedMax(value, row)
+    def step(best: _SignedMax, entry: tuple[Array, Array]) -> tuple[_SignedMax, None]:
+        row, number = entry
+        new, old = jnp.abs(row), jnp.abs(best.value)
+        wins = (new > old) | ((new == old) & (number < best.row))
+        return _SignedMax(jnp.where(wins, row, best.value), jnp.where(wins, number, best.row)), None
+
+    return jax.lax.scan(step, state, (rows, index))[0]
 
 
 def _max_finalize(state: _SignedMax) -> Array:

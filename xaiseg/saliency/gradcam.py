@@ -9,7 +9,7 @@ import numpy as np
 from jax import Array
 
 from xaiseg._types import Explainer, Info, Instance, Progress, SaliencyMap, TappedFn
-from xaiseg.inference import StitchedPredictor, WindowPlan, pad
+from xaiseg.inference import StitchedPredictor, WindowPlan, cut, pad
 from xaiseg.saliency.rows import crop_to_volume
 
 _NEAR_ZERO = 1e-3
@@ -69,9 +69,14 @@ def gradcam_pp(*, layer: str) -> Explainer:
 
 
 def alpha_paper(gradient: Array, activations: Array) -> Array:
-    """`α = 1 / (2 + g·ΣA)`, shapes `(*grid, K)`; `ΣA` over the grid for each feature."""
+    """`α = 1 / (2 + g·ΣA)`, shapes `(*grid, K)`; `ΣA` over the grid for each feature. 0 where the denominator is 0."""
+    denominator = _denominator(gradient, activations)
+    return jnp.where(denominator == 0, jnp.zeros_like(denominator), 1 / denominator)
+
+
+def _denominator(gradient: Array, activations: Array) -> Array:
     axes = tuple(range(activations.ndim - 1))
-    return 1 / (2 + gradient * activations.sum(axes, keepdims=True))
+    return 2 + gradient * activations.sum(axes, keepdims=True)
 
 
 def _cotangent(plan: WindowPlan, local: np.ndarray, share: np.ndarray) -> np.ndarray:
@@ -99,7 +104,7 @@ def _window_cam(
     target_class: int,
 ) -> tuple[Array, Array, Array]:
     window = cotangent.shape
-    x = jax.lax.dynamic_slice(padded, (start[0], start[1], start[2], 0), (*window, padded.shape[-1]))
+    x = cut(padded, start, window)
 
     def target(offset: Array) -> tuple[Array, Array]:
         logits, taps = tapped_fn(x[None], {layer: offset})
@@ -110,5 +115,5 @@ def _window_cam(
     alpha = alpha_paper(g, a)
     weights = jnp.where(g > 0, alpha * g, jnp.zeros_like(g))
     cam = jax.nn.relu((weights * a).sum(-1))
-    near = (g > 0) & (jnp.abs(1 / alpha) < _NEAR_ZERO)
+    near = (g > 0) & (jnp.abs(_denominator(g, a)) < _NEAR_ZERO)
     return jax.image.resize(cam, window, "linear"), near.sum(), (g > 0).sum()

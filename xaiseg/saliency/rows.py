@@ -6,6 +6,7 @@ Each window is linearised once; its pull-back is then mapped over chunks of one-
 small part of the decoder: where the network can compute the logits of a tile alone, the tile around the voxels is linearised.
 """
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
@@ -18,7 +19,7 @@ from jax import Array
 
 from xaiseg._types import Aggregator, Explainer, Info, Instance, LogitsFn, Progress, SaliencyMap
 from xaiseg.errors import InputError
-from xaiseg.inference import StitchedPredictor, WindowPlan, pad
+from xaiseg.inference import StitchedPredictor, WindowPlan, cut, pad
 
 # Windows kept linearised at once. A voxel lies in up to three per axis, since the last start is clamped (182 voxels: 0, 72, 86).
 _LINEARISED = 27
@@ -125,27 +126,32 @@ def _stream(
     """Chunks of rows over the group's box, `(K, *box, C)`, with their row numbers and weights."""
     plan = linearised.plan
     offsets = plan.starts[group.windows] - np.array(box.start, np.int32)
+    channels = linearised.channels
     if aggregator.linear:
         # the sum of the rows is one pull-back of the summed cotangents
-        parts = []
-        for window, local, share in zip(group.windows, group.local, group.share, strict=True):
+        rows = None
+        for window, local, share, offset in zip(group.windows, group.local, group.share, offsets, strict=True):
             cotangent = np.zeros(plan.window, np.float32)
             cotangent[tuple(local.T)] = share
-            parts.append(_pull_one(linearised.window(int(window)), cotangent)[None])
-        yield _place(parts, offsets, box.shape), group.rows[:1], np.array([len(group.rows)], np.float32)
+            rows = _add(rows, _pull_one(linearised.window(int(window)), cotangent)[None], offset, box.shape)
+        assert rows is not None
+        yield rows, group.rows[:1], np.array([len(group.rows)], np.float32)
         return
     for part, starts, sides in linearised.tiles(group):
         pulls = [linearised.tile(int(w), start) for w, start in zip(part.windows, starts, strict=True)]
         places = part.local - starts[:, None]
-        size = chunk_size(pulls[0], sides, chunk, memory)
+        box_bytes = 4 * channels * math.prod(box.shape) if len(pulls) > 1 else 0
+        size = chunk_size(pulls[0], sides, chunk, memory, box_bytes)
+        size = min(size, 1 << (len(part.rows) - 1).bit_length())
         for first in range(0, len(part.rows), size):
             held = slice(first, first + size)
             weight = np.ones(len(part.rows[held]), np.float32)
-            parts = [
-                _pull_rows(pull, _fill(place[held], size), _fill(share[held], size), sides)
-                for pull, place, share in zip(pulls, places, part.share, strict=True)
-            ]
-            yield _place(parts, offsets, box.shape), _fill(part.rows[held], size), _fill(weight, size)
+            rows = None
+            for pull, place, share, offset in zip(pulls, places, part.share, offsets, strict=True):
+                piece = _pull_rows(pull, _fill(place[held], size), _fill(share[held], size), sides)
+                rows = _add(rows, piece, offset, box.shape)
+            assert rows is not None
+            yield rows, _fill(part.rows[held], size), _fill(weight, size)
 
 
 def _fill(array: np.ndarray, size: int) -> np.ndarray:
@@ -153,12 +159,14 @@ def _fill(array: np.ndarray, size: int) -> np.ndarray:
     return np.pad(array, [(0, size - len(array))] + [(0, 0)] * (array.ndim - 1))
 
 
-def chunk_size(pull: Any, window: tuple[int, ...], chunk: int | None, memory: int | None) -> int:
+def chunk_size(pull: Any, window: tuple[int, ...], chunk: int | None, memory: int | None, extra: int = 0) -> int:
     """Rows to pull back together: `chunk` if given, else what is fast here and fits into `memory` bytes.
+
+    `extra` bytes a row are needed besides the pull-back.
 
     Raises InputError where `memory` holds fewer than the rows asked for.
     """
-    needed = row_bytes(pull, window)
+    needed = row_bytes(pull, window) + extra
     if memory is not None and memory < needed * (chunk or 1):
         rows = f"a chunk of {chunk} rows" if chunk else "one row"
         raise InputError(
@@ -201,6 +209,7 @@ class _Linearised:
 
     def __init__(self, predictor: StitchedPredictor, plan: WindowPlan, padded: Array) -> None:
         self.plan = plan
+        self.channels = padded.shape[-1]
         self._predictor, self._padded = predictor, padded
         self._kept: OrderedDict[tuple[int, ...], Any] = OrderedDict()
 
@@ -250,7 +259,7 @@ class _Linearised:
 
 @partial(jax.jit, static_argnums=(3, 4))
 def _linearise(logits_fn: LogitsFn, padded: Array, start: Array, window: tuple[int, ...], target_class: int) -> Any:
-    x = _cut(padded, start, window)
+    x = cut(padded, start, window)
     _, pull = jax.vjp(lambda x: logits_fn(x[None])[0, ..., target_class], x)
     return pull
 
@@ -259,13 +268,9 @@ def _linearise(logits_fn: LogitsFn, padded: Array, start: Array, window: tuple[i
 def _linearise_tile(
     function: Any, padded: Array, start: Array, tile_start: Array, window: tuple[int, ...], target_class: int
 ) -> Any:
-    x = _cut(padded, start, window)
+    x = cut(padded, start, window)
     _, pull = jax.vjp(lambda x: function(x[None], tile_start)[0, ..., target_class], x)
     return pull
-
-
-def _cut(padded: Array, start: Array, window: tuple[int, ...]) -> Array:
-    return jax.lax.dynamic_slice(padded, (start[0], start[1], start[2], 0), (*window, padded.shape[-1]))
 
 
 @partial(jax.jit, static_argnums=3)
@@ -282,19 +287,18 @@ def _pull_one(pull: Any, cotangent: Array) -> Array:
     return pull(cotangent)[0]
 
 
-def _place(parts: Sequence[Array], offsets: np.ndarray, shape: tuple[int, ...]) -> Array:
-    """The sum of the windows' parts, each at its offset in the box."""
-    if len(parts) == 1:
-        return parts[0]
-    rows = jnp.zeros((parts[0].shape[0], *shape, parts[0].shape[-1]), jnp.float32)
-    for part, offset in zip(parts, offsets, strict=True):
-        rows = _add_at(rows, part, offset)
-    return rows
+def _add(rows: Array | None, piece: Array, offset: np.ndarray, box: tuple[int, ...]) -> Array:
+    """Add a window's piece of some rows at its offset in the box; a piece that is the whole box starts the sum."""
+    if rows is None:
+        if piece.shape[1:4] == box:
+            return piece
+        rows = jnp.zeros((piece.shape[0], *box, piece.shape[-1]), jnp.float32)
+    return _add_at(rows, piece, offset)
 
 
 @partial(jax.jit, donate_argnums=0)
 def _add_at(rows: Array, part: Array, offset: Array) -> Array:
-    corner = (0, offset[0], offset[1], offset[2], 0)
+    corner = jnp.pad(offset, (1, 1))
     return jax.lax.dynamic_update_slice(rows, jax.lax.dynamic_slice(rows, corner, part.shape) + part, corner)
 
 
@@ -304,7 +308,7 @@ def _update(aggregator: Aggregator, state: Any, rows: Array, index: Array, weigh
 
     Leaves of an aggregator's state are scalars or have the map's shape, in which case the box is cut out of them.
     """
-    corner = (inner[0], inner[1], inner[2], 0)
+    corner = jnp.pad(inner, (0, 1))
     part = jax.tree.map(lambda a: jax.lax.dynamic_slice(a, corner, rows.shape[1:]) if a.ndim else a, state)
     part = aggregator.update(part, rows, index, weight)
     return jax.tree.map(lambda a, b: jax.lax.dynamic_update_slice(a, b, corner) if a.ndim else b, state, part)
