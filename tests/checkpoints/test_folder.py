@@ -168,7 +168,7 @@ def test_parameters_that_are_missing_or_cut_off(saved):
     largest.write_bytes(largest.read_bytes()[:100])
     assert ": damaged; copy the model folder again" in refusal(saved)
     (saved / "parameters").rename(saved / "elsewhere")
-    assert ": damaged; copy the model folder again" in refusal(saved)
+    assert ": missing; copy the model folder again" in refusal(saved)
 
 
 def test_parameters_of_another_network(saved):
