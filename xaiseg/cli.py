@@ -146,7 +146,7 @@ def _parser() -> argparse.ArgumentParser:
     demo = _command(commands, "demo", _demo, "the built-in example: segment and explain unseen phantoms")
     demo.add_argument("--out", type=Path, default=Path("xaiseg-demo"), help="folder to write (%(default)s)")
     demo.add_argument("--cases", type=_positive, default=2, help="phantoms (%(default)s)")
-    demo.add_argument("--samples", type=_positive, default=8, help="noise samples (%(default)s)")
+    demo.add_argument("--samples", type=_positive, default=4, help="noise samples (%(default)s)")
     _overwrite(demo)
     return parser
 

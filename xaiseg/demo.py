@@ -24,7 +24,7 @@ def example_model() -> Model:
         return load_model(folder)
 
 
-def run_demo(out: Path, cases: int = 2, samples: int = 8, overwrite: bool = False) -> list[dict[str, Any]]:
+def run_demo(out: Path, cases: int = 2, samples: int = 4, overwrite: bool = False) -> list[dict[str, Any]]:
     """Write phantoms to `OUT/scans` and everything `explain` makes of them to `OUT/results`; returns the rows of `cases.tsv`."""
     scans = out / "scans"
     if not overwrite and out.exists() and (not out.is_dir() or any(out.iterdir())):

@@ -1,18 +1,13 @@
 """`training` runs from a checkout and is not installed; a tiny dataset to train on."""
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
-
-from training.config import Config, check  # noqa: E402
-from xaiseg.imaging import write  # noqa: E402
+from training.config import Config, check
+from xaiseg.imaging import write
 
 TINY = check(
     Config(

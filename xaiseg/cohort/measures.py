@@ -38,6 +38,12 @@ MAP_COLUMNS = {
     "negative_mass": "Sum of the negative values",
     "peak_se": "Standard error of the peak over the noise samples",
 }
+EXTRA_COLUMNS = {
+    "gradcampp": {
+        "alpha_near_zero": "Fraction of positions with a positive gradient where the denominator of α is below 1e-3 in magnitude: "
+        "there the weights are ill-defined",
+    },
+}
 METHOD_COLUMNS = {
     "samples": "Noise samples averaged",
     "windows": "Sliding windows that hold voxels of the instance",
@@ -94,7 +100,7 @@ def map_row(
         }
         row |= {_column(prefix, name, measure): value for measure, value in measures.items()}
     row |= {f"{prefix}_samples": info.samples, f"{prefix}_windows": info.windows, f"{prefix}_rows": info.rows}
-    return row
+    return row | {f"{prefix}_{name}": value for name, value in info.extra.items()}
 
 
 def ring_voxels(instance: Instance, shape: Sequence[int]) -> np.ndarray:
@@ -125,6 +131,8 @@ def describe_columns(methods: Mapping[str, tuple[Sequence[str], str]]) -> dict[s
         for measure, text in METHOD_COLUMNS.items():
             entry = {"Description": f"{text} ({prefix})"}
             described[f"{prefix}_{measure}"] = entry | ({"Units": "s"} if measure == "seconds" else {})
+        for measure, text in EXTRA_COLUMNS.get(prefix, {}).items():
+            described[f"{prefix}_{measure}"] = {"Description": f"{text} ({prefix})"}
     return described
 
 

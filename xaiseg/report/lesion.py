@@ -98,7 +98,7 @@ def lesion_figure(
         "Lesion": (1, saliency_from - 1),
         "Saliency": (saliency_from, len(backgrounds) - 1),
     }
-    gap, wide, left, top, right, foot = 8, 26, 52, 178, 150, 52
+    gap, wide, left, top, right, foot = 8, 26, 52, 178, 176, 52
     panel = (1680 - left - right - gap * (len(backgrounds) - 3) - wide * 2) // len(backgrounds)
     panel = min(max(panel, 220), 420)
     lefts = [
