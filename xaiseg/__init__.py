@@ -1,14 +1,6 @@
 """Explain 3-D segmentation networks lesion by lesion.
 
->>> import jax, xaiseg
->>> model = xaiseg.load_model("my_model")                                      # doctest: +SKIP
->>> predictor = xaiseg.StitchedPredictor.of(model)                             # doctest: +SKIP
->>> case = xaiseg.read_input("my_bids_folder", model.spec.channels)[0]         # doctest: +SKIP
->>> image = xaiseg.load_scan(case, model.spec.channels).image                  # doctest: +SKIP
->>> probability = predictor.probability(predictor(image))                      # doctest: +SKIP
->>> lesions = xaiseg.instances_of(xaiseg.label_components(probability > 0.3))   # doctest: +SKIP
->>> explain = xaiseg.smoothgrad(samples=50, noise=0.05)                        # doctest: +SKIP
->>> maps, infos = explain(jax.random.key(0), predictor, image, lesions)        # doctest: +SKIP
+The README shows its use in ten lines; `_types` holds the shapes of the parts.
 """
 
 from xaiseg._types import Aggregator, Explainer, Info, Instance, LogitsFn, SaliencyMap, TappedFn
