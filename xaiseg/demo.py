@@ -30,7 +30,7 @@ def run_demo(out: Path, cases: int = 2, samples: int = 4, overwrite: bool = Fals
     if not overwrite and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out}: exists and is not empty; choose another folder with --out, or give --overwrite")
     manifest = write_phantoms(scans, cases)
-    settings = Settings(methods=METHODS, samples=samples)
+    settings = Settings(methods=tuple(METHODS), samples=samples)
     rows = explain(example_model(), Request(manifest, out / "results", overwrite=overwrite), settings)
     pictures = sorted((out / "results").glob("sub-*/anat/*smoothgrad*.png"))
     print(f"\nlook at   {out / 'results' / 'desc-smoothgrad_summary.png'}\n          {pictures[0] if pictures else ''}")

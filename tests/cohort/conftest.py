@@ -4,7 +4,7 @@ import pytest
 from tiny import CASE, Explain, write_case, write_manifest, write_model
 
 from xaiseg.cli import main
-from xaiseg.cohort import run
+from xaiseg.cohort import records, run
 
 
 @pytest.fixture(scope="session")
@@ -35,7 +35,7 @@ def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pictures are most of the time of a tiny run, and have tests of their own."""
     monkeypatch.setattr(run, "lesion_figure", lambda *_, path, **__: path.write_bytes(b"lesion"))
-    monkeypatch.setattr(run, "summary_figure", lambda _rows, _channels, path, **__: path.write_bytes(b"summary"))
+    monkeypatch.setattr(records, "summary_figure", lambda _rows, _channels, path, **__: path.write_bytes(b"summary"))
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tiny import Explain, progress_free, snapshot, table, timeless, write_case, write_manifest
 
-from xaiseg.cohort import run
+from xaiseg.cohort import records, run
 from xaiseg.errors import InputError
 
 
@@ -81,7 +81,7 @@ def test_a_full_disk_in_the_last_step_leaves_nothing(
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(run, "summary_figure", full)
+    monkeypatch.setattr(records, "summary_figure", full)
     before = snapshot(tmp_path)
     explain("out", status=1)
     (line,) = progress_free(capsys.readouterr().err)

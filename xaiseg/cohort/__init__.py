@@ -1,6 +1,7 @@
 """Runs over the cases of an input: what is planned, computed and written."""
 
-from xaiseg.cohort.explaining import METHODS, Settings
-from xaiseg.cohort.run import Request, explain, segment
+from xaiseg.cohort.methods import METHODS, Settings
+from xaiseg.cohort.run import explain, segment
+from xaiseg.cohort.work import Request
 
 __all__ = ["METHODS", "Request", "Settings", "explain", "segment"]

@@ -1,131 +1,19 @@
-"""The methods a run can use, what each costs, and one scan's lesions explained in batches that fit into memory."""
+"""One scan's lesions explained in batches that fit into memory, and what a row costs here."""
 
 import time
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from xaiseg._types import Explainer, Info, Instance, Progress, SaliencyMap
+from xaiseg._types import Info, Instance, Progress, SaliencyMap
+from xaiseg.cohort.methods import Method
 from xaiseg.inference import StitchedPredictor, WindowPlan
-from xaiseg.models import Model
-from xaiseg.saliency import AGGREGATORS, gradcam_pp, smoothgrad
-from xaiseg.saliency.rows import count_rows, window_groups
 
-METHODS = ("smoothgrad", "gradcam++")
 # Copies of a map alive at once: the aggregator's two, the sample's own, mean, squares.
 _COPIES = 5
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Options of `explain`. `chunk` and `memory` (bytes) bound the work at once and do not change the result."""
-
-    methods: tuple[str, ...] = ("smoothgrad",)
-    aggregate: str = "signed_max"
-    samples: int = 50
-    noise: float = 0.05
-    layer: str | None = None
-    seed: int = 0
-    chunk: int | None = None
-    memory: int | None = None
-
-
-@dataclass(frozen=True)
-class Method:
-    """One method ready to run.
-
-    key: its name in file names and columns. names: of the map's channels. signed: whether values may be negative.
-    once: `explain` with one noise sample, whose rows are timed for the plan.
-    """
-
-    name: str
-    key: str
-    title: str
-    explain: Explainer
-    once: Explainer
-    names: tuple[str, ...]
-    unit: str
-    signed: bool
-    settings: dict[str, Any]
-    model: Model
-    aggregate: str = "mean"
-    samples: int = 1
-
-    def work(self, plan: WindowPlan, instance: Instance) -> tuple[int, int]:
-        """Backward passes per sample that an instance takes, and the windows it lies in."""
-        groups = list(window_groups(plan, instance))
-        windows = len({w for group in groups for w in group.windows.tolist()})
-        rows = count_rows(groups, AGGREGATORS[self.aggregate]()) if self.name == "smoothgrad" else windows
-        return rows, windows
-
-
-def build_methods(model: Model, settings: Settings) -> list[Method]:
-    """The methods that `settings` name. Raises ValueError for unknown ones, unknown aggregators or taps."""
-    methods = []
-    layer = settings.layer or model.spec.default_layer
-    channels = model.spec.channels
-    reference = channels.index("FLAIR") if "FLAIR" in channels else 0
-    for name in settings.methods:
-        if name == "smoothgrad":
-            samples = settings.samples if settings.noise > 0 else 1
-            make = partial(
-                smoothgrad,
-                noise=settings.noise,
-                aggregate=settings.aggregate,
-                chunk=settings.chunk,
-                memory=settings.memory,
-                reference_channel=reference,
-            )
-            used = {k: asdict(settings)[k] for k in ("aggregate", "samples", "noise", "seed")} | {"samples": samples}
-            used |= {"noise_reference_channel": channels[reference]}
-            how = {"signed_max": "signed maximum", "mean": "mean"}[settings.aggregate]
-            title = f"SmoothGrad, {how}, {samples} sample{'s' * (samples > 1)}"
-            unit = "Δlogit per unit of normalised intensity"
-            methods.append(
-                Method(
-                    name,
-                    "smoothgrad",
-                    title,
-                    make(samples=samples),
-                    make(samples=1),
-                    channels,
-                    unit,
-                    True,
-                    used,
-                    model,
-                    settings.aggregate,
-                    samples,
-                )
-            )
-        elif name == "gradcam++":
-            if layer not in model.taps():
-                raise ValueError(f"no layer {layer!r} in this network; it has {', '.join(model.taps())}")
-            title = f"Grad-CAM++ at {layer}"
-            used = {"layer": layer, "form": "paper", "target": "sum of the instance's blended logits"}
-            explain = gradcam_pp(layer=layer)
-            methods.append(
-                Method(
-                    name,
-                    "gradcampp",
-                    title,
-                    explain,
-                    explain,
-                    ("gradcampp",),
-                    "arbitrary units",
-                    False,
-                    used,
-                    model,
-                )
-            )
-        else:
-            raise ValueError(f"method {name!r} is unknown; known are {', '.join(METHODS)}")
-    return methods
 
 
 def case_key(seed: int, case: str) -> jax.Array:

@@ -1,79 +1,34 @@
 """Segment and explain the cases of an input: preflight, segmentation, plan, explanation, tables."""
 
 import os
-import platform
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from tqdm import tqdm
 
 from xaiseg._types import Instance, SaliencyMap
-from xaiseg._version import __version__
-from xaiseg.checkpoints import model_hash
-from xaiseg.cohort.explaining import Method, Settings, build_methods, case_key, explain_scan, seconds_per_row
-from xaiseg.cohort.measures import describe_columns, lesion_row, map_row
+from xaiseg.cohort.explaining import case_key, explain_scan
+from xaiseg.cohort.measures import lesion_row, map_row
+from xaiseg.cohort.methods import Method, Settings, build_methods
 from xaiseg.cohort.output import OutputFolder
+from xaiseg.cohort.plan import nothing_to_explain, say_plan, window_count
+from xaiseg.cohort.records import case_line, lesion_columns, write_lesions, write_log, write_sidecar
 from xaiseg.cohort.segmentation import Segmentation, Target, chosen_instances, segment_scan, target_of
+from xaiseg.cohort.work import Print, Request, Work
 from xaiseg.errors import InputError
-from xaiseg.imaging import Case, Scan, check_header, load_scan, preflight, read_input, select_cases
+from xaiseg.imaging import Case, Scan, load_scan, preflight, read_input, select_cases
 from xaiseg.inference import StitchedPredictor
 from xaiseg.models import Model
-from xaiseg.report import lesion_figure, summary_figure
+from xaiseg.report import lesion_figure
 
-CASE_COLUMNS = {
-    "case": "Case",
-    "status": "done, empty (nothing to explain) or failed",
-    "lesions": "Predicted instances",
-    "explained": "Instances explained",
-    "volume_mm3": "Predicted lesion volume in mm³",
-    "dice": "Dice against the reference mask",
-    "ndsc": "Normalised Dice (r = 0.001) over the whole array",
-    "TP": "Predicted instances that share at least one voxel with the reference",
-    "FP": "Predicted instances that share none",
-    "FN": "Reference instances that share no voxel with the prediction",
-    "seconds": "Time for the case",
-    "message": "What went wrong",
-}
 _MARGIN_MM = 20.0
 _MAPS_FRACTION = 0.25
-
-Print = Callable[[str], Any]
-
-
-@dataclass(frozen=True)
-class Request:
-    """What to run on: `input` is a BIDS folder or a manifest; `cases` selects by name; see `Settings` for the rest."""
-
-    input: Path
-    output: Path
-    cases: tuple[str, ...] = ()
-    instances: str = "predicted"
-    lesions: tuple[int, ...] | None = None
-    min_voxels: int = 6
-    resample: bool = False
-    overwrite: bool = False
-    dry_run: bool = False
-
-
-@dataclass
-class _Work:
-    """One case between segmentation and explanation: only what is small is kept."""
-
-    case: Case
-    row: dict[str, Any]
-    instances: list[Instance] = field(default_factory=list)
-    lesion_rows: list[dict[str, Any]] = field(default_factory=list)
-    volume_shape: tuple[int, ...] = ()
-    present: int = 0
 
 
 def segment(model: Model, request: Request, say: Print = print) -> list[dict[str, Any]]:
@@ -89,9 +44,9 @@ def segment(model: Model, request: Request, say: Print = print) -> list[dict[str
         output.begin()
         works = _segment_all(model, predictor, cases, request, output, "predicted")
         rows = [work.row for work in works]
-        _finish(output, request, model, None, [], rows, started)
+        write_log(output, request, model, None, [], rows, started)
     for row in rows:
-        say(_case_line(row))
+        say(case_line(row))
     return rows
 
 
@@ -113,8 +68,8 @@ def explain(model: Model, request: Request, settings: Settings, say: Print = pri
         written = None if request.dry_run else output
         works = _segment_all(model, predictor, cases, request, written, request.instances)
         if not any(work.instances for work in works):
-            raise InputError(_nothing(works, request, model))
-        units = _say_plan(works, methods, predictor, model, request, say)
+            raise InputError(nothing_to_explain(works, request, model))
+        units = say_plan(works, methods, predictor, model, request, say)
         if request.dry_run:
             return [work.row for work in works]
         with _bar(units, "row", "explaining") as bar:
@@ -123,13 +78,13 @@ def explain(model: Model, request: Request, settings: Settings, say: Print = pri
                     with _recording(work, output, alone=len(works) == 1):
                         _explain_case(work, methods, predictor, model, settings, request, output, bar)
         _raise_if_all_failed(works)
-        _write_lesions(output, works, methods, model, say)
+        write_lesions(output, works, methods, model, say)
         for method in methods:
-            _write_sidecar(output, method, model)
+            write_sidecar(output, method, model)
         rows = [work.row for work in works]
-        _finish(output, request, model, settings, methods, rows, started)
+        write_log(output, request, model, settings, methods, rows, started)
     for row in rows:
-        say(_case_line(row))
+        say(case_line(row))
     return rows
 
 
@@ -157,9 +112,9 @@ def _segment_all(
     request: Request,
     output: OutputFolder | None,
     source: str,
-) -> list[_Work]:
-    works = [_Work(case, {"case": case.name, "status": "done"}) for case in cases]
-    with _bar(_window_count(predictor, cases), "window", "segmenting") as bar:
+) -> list[Work]:
+    works = [Work(case, {"case": case.name, "status": "done"}) for case in cases]
+    with _bar(window_count(predictor, cases), "window", "segmenting") as bar:
         for work in works:
             case, begun = work.case, time.perf_counter()
             with _recording(work, output, alone=len(works) == 1):
@@ -174,7 +129,7 @@ def _segment_all(
     return works
 
 
-def _describe(work: _Work, scan: Scan, segmentation: Segmentation, target: Target, request: Request) -> None:
+def _describe(work: Work, scan: Scan, segmentation: Segmentation, target: Target, request: Request) -> None:
     counted = int(segmentation.labels.max())
     work.row |= {
         "lesions": counted,
@@ -202,7 +157,7 @@ def _write_segmentation(
 
 
 def _explain_case(
-    work: _Work,
+    work: Work,
     methods: Sequence[Method],
     predictor: StitchedPredictor,
     model: Model,
@@ -226,9 +181,9 @@ def _explain_case(
             stem = f"space-orig_desc-{method.key}_lesion-{instance.label:03d}_saliency"
             trimmed = trim(saliency)
             output.volume(output.path(case, f"{stem}.nii.gz"), scan, trimmed.values, trimmed.start)
-            draw = partial(_draw, scan=scan, instance=instance, saliency=saliency, method=method, row=row)
+            draw = partial(_draw, scan, model.spec.channels, instance, saliency, method, row)
             output.figure(output.path(case, f"{stem}.png"), draw)
-    output.table(output.path(case, "desc-lesions.tsv"), _columns(methods), work.lesion_rows)
+    output.table(output.path(case, "desc-lesions.tsv"), lesion_columns(methods), work.lesion_rows)
     work.row["explained"] = len(work.instances)
     work.row["seconds"] += time.perf_counter() - begun
 
@@ -243,7 +198,13 @@ def trim(saliency: SaliencyMap) -> SaliencyMap:
 
 
 def _draw(
-    path: Path, *, scan: Scan, instance: Instance, saliency: SaliencyMap, method: Method, row: dict[str, Any]
+    scan: Scan,
+    channels: Sequence[str],
+    instance: Instance,
+    saliency: SaliencyMap,
+    method: Method,
+    row: dict[str, Any],
+    path: Path,
 ) -> None:
     shape = scan.image.shape[:3]
     mask = np.zeros(shape, bool)
@@ -256,7 +217,7 @@ def _draw(
     )
     lesion_figure(
         scan.image,
-        method.model.spec.channels,
+        channels,
         mask,
         whole,
         scan.grid.affine,
@@ -270,142 +231,8 @@ def _draw(
     )
 
 
-def _say_plan(
-    works: Sequence[_Work],
-    methods: Sequence[Method],
-    predictor: StitchedPredictor,
-    model: Model,
-    request: Request,
-    say: Print,
-) -> int:
-    """Print what is about to be done and what it will take; returns the units of the progress bar."""
-    busy = [work for work in works if work.instances]
-    smallest = min(busy, key=lambda work: work.volume_shape)
-    scan = load_scan(smallest.case, model.spec.channels, model.spec.orientation, request.resample)
-    lesions = sum(len(work.instances) for work in busy)
-    left_out = sum(work.present for work in works) - lesions
-    units, seconds = 0, 0.0
-    lines = []
-    for method in methods:
-        rows = windows = 0
-        for work in busy:
-            for instance in work.instances:
-                r, w = method.work(predictor.plan(work.volume_shape), instance)
-                rows, windows = rows + r, windows + w
-        each = seconds_per_row(method, predictor, scan.image, smallest.instances[0])
-        units += rows * method.samples
-        seconds += rows * method.samples * each
-        lines.append(
-            f"  {method.title}: {rows:,} rows × {method.samples} through {windows:,} windows, {each * 1e3:.0f} ms a row measured"
-        )
-    smaller = f" ({left_out} left out: below --min-voxels {request.min_voxels} or not selected)" if left_out else ""
-    say(f"plan: {len(busy)} case{'s' * (len(busy) > 1)}, {lesions} lesion{'s' * (lesions > 1)}{smaller}")
-    for line in lines:
-        say(line)
-    say(f"  estimated time {_duration(seconds)} on {jax.devices()[0].device_kind}")
-    return units
-
-
-def _columns(methods: Sequence[Method]) -> list[str]:
-    return list(describe_columns({m.key: (m.names, m.unit) for m in methods}))
-
-
-def _write_lesions(
-    output: OutputFolder, works: Sequence[_Work], methods: Sequence[Method], model: Model, say: Print
-) -> None:
-    rows = [row for work in works if work.row["status"] == "done" for row in work.lesion_rows]
-    output.table(output.root / "lesions.tsv", _columns(methods), rows)
-    output.json(output.root / "lesions.json", describe_columns({m.key: (m.names, m.unit) for m in methods}))
-    channels = model.spec.channels
-    for method in methods:
-        if method.names == channels:
-            peaks = [{**row, **{f"peak_{c}": row[f"{method.key}_{c}_peak"] for c in channels}} for row in rows]
-            output.figure(
-                output.root / f"desc-{method.key}_summary.png",
-                lambda path, peaks=peaks, unit=method.unit: summary_figure(peaks, channels, path, unit=unit),
-            )
-            for line in _group_lines(peaks, channels):
-                say(line)
-
-
-def _group_lines(rows: Sequence[dict[str, Any]], channels: Sequence[str]) -> Iterator[str]:
-    """Median peak saliency by group and channel, for the reader of the terminal."""
-    for group in ("TP", "FP", "FN", "unlabelled"):
-        members = [row for row in rows if row["group"] == group]
-        if members:
-            medians = ", ".join(f"{c} {np.median([row[f'peak_{c}'] for row in members]):+.3g}" for c in channels)
-            yield f"{group}: {len(members)} lesion{'s' * (len(members) > 1)}, median peak saliency {medians}"
-
-
-def _write_sidecar(output: OutputFolder, method: Method, model: Model) -> None:
-    content = {
-        "Method": method.title,
-        "MethodKey": method.name,
-        "Settings": method.settings,
-        "Channels": method.names,
-        "Units": method.unit,
-        "Target": "logit of the lesion class, blended over the sliding windows, before softmax",
-        "ModelHash": model_hash(model),
-        "GeneratedBy": {"Name": "xaiseg", "Version": __version__},
-    }
-    output.json(output.root / f"desc-{method.key}_saliency.json", content)
-
-
-def _finish(
-    output: OutputFolder,
-    request: Request,
-    model: Model,
-    settings: Settings | None,
-    methods: Sequence[Method],
-    rows: Sequence[dict[str, Any]],
-    started: float,
-) -> None:
-    columns = [c for c in CASE_COLUMNS if settings is not None or c != "explained"]
-    output.table(output.root / "cases.tsv", columns, rows)
-    output.json(output.root / "cases.json", {c: {"Description": CASE_COLUMNS[c]} for c in columns})
-    device = jax.devices()[0]
-    output.close(
-        {
-            "command": sys.argv,
-            "input": str(request.input.absolute()),
-            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(started)),
-            "seconds": round(time.time() - started, 1),
-            "request": {k: v for k, v in asdict(request).items() if k != "input"},
-            "settings": asdict(settings) if settings else None,
-            "methods": {m.key: m.settings for m in methods},
-            "matching": {"rule": "overlap", "min_shared_voxels": 1},
-            "model": {**asdict(model.spec), "hash": model_hash(model)},
-            "device": {"platform": device.platform, "kind": device.device_kind, "count": jax.device_count()},
-            "versions": versions(),
-            "cases": rows,
-        }
-    )
-
-
-def versions() -> dict[str, str]:
-    """Versions of what results depend on."""
-    packages = ("jax", "jaxlib", "flax", "numpy", "scipy", "nibabel", "matplotlib")
-    return {"xaiseg": __version__, "python": platform.python_version()} | {name: version(name) for name in packages}
-
-
-def _nothing(works: Sequence[_Work], request: Request, model: Model) -> str:
-    where = works[0].case.name if len(works) == 1 else f"{len(works)} cases"
-    present = sum(work.present for work in works)
-    if present:
-        return (
-            f"{where}: none of the {present} instances has {request.min_voxels} voxels or more, so there is nothing to explain; "
-            "lower --min-voxels"
-        )
-    if request.instances != "predicted":
-        return f"{where}: the {request.instances} label map is empty, so there is nothing to explain"
-    return (
-        f"{where}: the segmentation is empty at threshold {model.spec.threshold}, so there is nothing to explain; "
-        "lower --threshold, or check that the channels and their intensities are those the model was trained on"
-    )
-
-
 @contextmanager
-def _recording(work: _Work, output: OutputFolder | None, alone: bool) -> Iterator[None]:
+def _recording(work: Work, output: OutputFolder | None, alone: bool) -> Iterator[None]:
     """A case that fails is recorded, its files are removed, and the others go on."""
     try:
         yield
@@ -418,7 +245,7 @@ def _recording(work: _Work, output: OutputFolder | None, alone: bool) -> Iterato
             tqdm.write(f"{work.case.name}: failed: {error}", file=sys.stderr)
 
 
-def _raise_if_all_failed(works: Sequence[_Work]) -> None:
+def _raise_if_all_failed(works: Sequence[Work]) -> None:
     if all(work.row["status"] == "failed" for work in works):
         raise InputError(works[0].row["message"])
 
@@ -435,29 +262,6 @@ def _discarding(output: OutputFolder) -> Iterator[None]:
 def _bar(total: int, unit: str, what: str) -> tqdm:
     interval = 0.2 if sys.stderr.isatty() else 15.0
     return tqdm(total=total, unit=unit, desc=what, file=sys.stderr, mininterval=interval, dynamic_ncols=True)
-
-
-def _window_count(predictor: StitchedPredictor, cases: Sequence[Case]) -> int:
-    return sum(len(predictor.plan(check_header(next(iter(case.images.values()))).shape).starts) for case in cases)
-
-
-def _case_line(row: dict[str, Any]) -> str:
-    parts = [f"{row['case']}: {row['status']}"]
-    if "lesions" in row:
-        parts.append(f"{row['lesions']} lesions")
-    if "explained" in row:
-        parts.append(f"{row['explained']} explained")
-    if "dice" in row:
-        parts.append(f"Dice {row['dice']:.3f}, nDSC {row['ndsc']:.3f}, TP {row['TP']}, FP {row['FP']}, FN {row['FN']}")
-    if row.get("message"):
-        parts.append(row["message"])
-    return ", ".join(parts)
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def _physical_memory() -> int:

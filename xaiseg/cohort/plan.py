@@ -1,0 +1,74 @@
+"""What a run is about to do and how long it will take, said before it starts."""
+
+from collections.abc import Sequence
+
+import jax
+
+from xaiseg.cohort.explaining import seconds_per_row
+from xaiseg.cohort.methods import Method
+from xaiseg.cohort.work import Print, Request, Work
+from xaiseg.imaging import Case, check_header, load_scan
+from xaiseg.inference import StitchedPredictor
+from xaiseg.models import Model
+
+
+def say_plan(
+    works: Sequence[Work],
+    methods: Sequence[Method],
+    predictor: StitchedPredictor,
+    model: Model,
+    request: Request,
+    say: Print,
+) -> int:
+    """Print what is about to be done and what it will take; returns the units of the progress bar."""
+    busy = [work for work in works if work.instances]
+    smallest = min(busy, key=lambda work: work.volume_shape)
+    scan = load_scan(smallest.case, model.spec.channels, model.spec.orientation, request.resample)
+    lesions = sum(len(work.instances) for work in busy)
+    left_out = sum(work.present for work in works) - lesions
+    units, seconds = 0, 0.0
+    lines = []
+    for method in methods:
+        rows = windows = 0
+        for work in busy:
+            for instance in work.instances:
+                r, w = method.work(predictor.plan(work.volume_shape), instance)
+                rows, windows = rows + r, windows + w
+        each = seconds_per_row(method, predictor, scan.image, smallest.instances[0])
+        units += rows * method.samples
+        seconds += rows * method.samples * each
+        lines.append(
+            f"  {method.title}: {rows:,} rows × {method.samples} through {windows:,} windows, {each * 1e3:.0f} ms a row measured"
+        )
+    smaller = f" ({left_out} left out: below --min-voxels {request.min_voxels} or not selected)" if left_out else ""
+    say(f"plan: {len(busy)} case{'s' * (len(busy) > 1)}, {lesions} lesion{'s' * (lesions > 1)}{smaller}")
+    for line in lines:
+        say(line)
+    say(f"  estimated time {_duration(seconds)} on {jax.devices()[0].device_kind}")
+    return units
+
+
+def nothing_to_explain(works: Sequence[Work], request: Request, model: Model) -> str:
+    where = works[0].case.name if len(works) == 1 else f"{len(works)} cases"
+    present = sum(work.present for work in works)
+    if present:
+        return (
+            f"{where}: none of the {present} instances has {request.min_voxels} voxels or more, so there is nothing to explain; "
+            "lower --min-voxels"
+        )
+    if request.instances != "predicted":
+        return f"{where}: the {request.instances} label map is empty, so there is nothing to explain"
+    return (
+        f"{where}: the segmentation is empty at threshold {model.spec.threshold}, so there is nothing to explain; "
+        "lower --threshold, or check that the channels and their intensities are those the model was trained on"
+    )
+
+
+def window_count(predictor: StitchedPredictor, cases: Sequence[Case]) -> int:
+    return sum(len(predictor.plan(check_header(next(iter(case.images.values()))).shape).starts) for case in cases)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
