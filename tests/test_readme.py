@@ -1,13 +1,15 @@
 """The README's ten lines run as they stand, on a small phantom and the built-in model."""
 
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT
 
 from xaiseg import demo
 from xaiseg.imaging import phantom
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_the_api_in_ten_lines(tmp_path, monkeypatch):
