@@ -3,7 +3,9 @@
 import argparse
 import dataclasses
 import re
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,10 +17,16 @@ from xaiseg.errors import InputError
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status: 0 all done, 1 something failed, 2 wrong usage, 130 interrupted."""
     arguments = _parser().parse_args(argv)
+    if threading.current_thread() is threading.main_thread():
+        # A scheduler's time limit is an interruption too: what is half done is taken back.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         return arguments.run(arguments)
     except (InputError, OSError) as error:
         print(f"xaiseg: error: {error}", file=sys.stderr)
+        return 1
+    except MemoryError as error:
+        print(f"xaiseg: error: out of memory ({error}); give a smaller --memory or --chunk", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("xaiseg: interrupted; nothing half-written was left", file=sys.stderr)
@@ -30,13 +38,16 @@ def _convert(arguments: argparse.Namespace) -> int:
 
     settings = {
         name: getattr(arguments, name)
-        for name in ("window", "overlap", "threshold", "connectivity", "orientation", "target_class")
+        for name in ("strides", "window", "overlap", "threshold", "connectivity", "orientation", "target_class")
         if getattr(arguments, name) is not None
     }
     model = convert(arguments.source, arguments.channels, **settings)
     folder = save_model(arguments.model, model, arguments.overwrite)
     spec = model.spec
     print(f"{folder}: {spec.architecture}, {model.parameter_count:,} parameters, channels {', '.join(spec.channels)}")
+    print(
+        f"  features {_joined(spec.options['channels'])}, strides {_joined(spec.options['strides'])}, norm {spec.options['norm']}"
+    )
     print(
         f"  window {'×'.join(map(str, spec.window))}, overlap {spec.overlap}, {spec.blending} blending, "
         f"threshold {spec.threshold}, connectivity {spec.connectivity}, orientation {spec.orientation}"
@@ -97,6 +108,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     convert.add_argument(
         "--window", type=_window, metavar="X,Y,Z", help="sides of the sliding window in voxels (96,96,96)"
+    )
+    convert.add_argument(
+        "--strides", type=_strides, metavar="2,2,…", help="of the levels, which a checkpoint does not tell (2 for each)"
     )
     convert.add_argument("--overlap", type=_fraction, help="overlap of windows, from 0 to below 1 (0.25)")
     convert.add_argument("--threshold", type=_probability, help="on the lesion probability (0.3)")
@@ -195,9 +209,14 @@ _names = _checked(lambda t: tuple(p.strip() for p in t.split(",")), all, "names 
 _numbers = _checked(
     lambda t: tuple(int(p) for p in t.split(",")), lambda v: all(n > 0 for n in v), "labels separated by commas"
 )
+_strides = _checked(lambda t: [int(p) for p in t.split(",")], lambda v: min(v) > 0, "positive integers, one per level")
 _window = _checked(
     lambda t: [int(p) for p in t.split(",")], lambda v: len(v) == 3 and min(v) > 0, "three positive integers X,Y,Z"
 )
+
+
+def _joined(values: Sequence[int]) -> str:
+    return ", ".join(map(str, values))
 
 
 def _bytes(text: str) -> int:

@@ -29,6 +29,10 @@ def run_demo(out: Path, cases: int = 2, samples: int = 4, overwrite: bool = Fals
     scans = out / "scans"
     if not overwrite and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out}: exists and is not empty; choose another folder with --out, or give --overwrite")
+    if overwrite and out.exists() and any(out.iterdir()) and not (out / "results" / "logs" / "run.json").is_file():
+        raise InputError(
+            f"{out}: holds no earlier demo, so --overwrite does not touch it; choose another folder with --out"
+        )
     manifest = write_phantoms(scans, cases)
     settings = Settings(methods=tuple(METHODS), samples=samples)
     rows = explain(example_model(), Request(manifest, out / "results", overwrite=overwrite), settings)

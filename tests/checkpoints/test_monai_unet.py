@@ -131,3 +131,11 @@ def test_other_architectures_are_not_recognised(state):
     for keys in (dynunet, swin):
         assert not monai_unet.recognise(dict.fromkeys(keys, np.zeros(1)))
     assert monai_unet.recognise(state)
+
+
+def test_strides_are_taken_from_the_caller_who_knows_them():
+    state = read_state_dict(FIXTURES / "unet_batch.pth")
+    assert monai_unet.read(state, "x")[0]["strides"] == [2, 2]
+    assert monai_unet.read(state, "x", (1, 2))[0]["strides"] == [1, 2]
+    with pytest.raises(InputError, match="2 levels, 3 strides"):
+        monai_unet.read(state, "x", (1, 2, 2))

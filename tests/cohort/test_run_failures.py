@@ -1,5 +1,6 @@
 """A cohort in which something goes wrong on the way."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 from tiny import Explain, progress_free, snapshot, table, timeless, write_case, write_manifest
 
 from xaiseg.cohort import records, run
+from xaiseg.cohort.output import OutputFolder
 from xaiseg.errors import InputError
 
 
@@ -114,3 +116,27 @@ def test_an_empty_case_among_others_is_no_failure(explain: Explain, tmp_path: Pa
     assert [row["status"] for row in rows] == ["done", "empty"]
     assert rows[1]["message"] == "no voxel above the threshold"
     assert {row["case"] for row in table(out / "lesions.tsv")} == {"sub-01"}
+
+
+def test_results_of_a_killed_run_are_known_as_ours(tmp_path: Path) -> None:
+    """Whatever happens after the start, the folder says who wrote it, so that its masks are never taken for a reference."""
+    output = OutputFolder(tmp_path / "out")
+    output.begin("somewhere")
+    description = json.loads((tmp_path / "out" / "dataset_description.json").read_text())
+    assert description["GeneratedBy"][0]["Name"] == "xaiseg"
+    output.discard()
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_interruption_just_after_a_file_was_written_leaves_nothing(tmp_path: Path) -> None:
+    output = OutputFolder(tmp_path / "out")
+    output.begin("somewhere")
+
+    def draw(path: Path) -> None:
+        path.write_bytes(b"picture")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        output.figure(tmp_path / "out" / "picture.png", draw)
+    output.discard()
+    assert not (tmp_path / "out").exists()

@@ -17,18 +17,21 @@ from xaiseg.models import Model
 _TWO_CHANNELS = ("FLAIR", "T1w")
 
 
-def convert(source: str | Path, channels: Sequence[str] | None = None, **settings: Any) -> Model:
+def convert(
+    source: str | Path, channels: Sequence[str] | None = None, strides: Sequence[int] | None = None, **settings: Any
+) -> Model:
     """Read a trained checkpoint. `settings` are fields of `ModelSpec` (`window`, `overlap`, `threshold`, …).
 
     The architecture is recognised from the keys. `channels` names the input sequences in order and defaults to FLAIR, T1w for a
-    two-channel network; for any other number it must be given. Raises InputError for anything that does not fit.
+    two-channel network; for any other number it must be given. `strides` of the levels default to 2: a checkpoint does not tell
+    them. Raises InputError for anything that does not fit.
     """
     source = Path(source)
     state = read_state_dict(source)
     if not monai_unet.recognise(state):
         some = ", ".join(list(state)[:3])
         raise InputError(f"{source}: not a MONAI UNet, which is what can be converted; its first keys are {some}")
-    options, c_in, variables = monai_unet.read(state, str(source))
+    options, c_in, variables = monai_unet.read(state, str(source), strides)
     if bad := [k for k, v in state.items() if not np.isfinite(monai_unet.as_float32(v)).all()]:
         raise InputError(f"{source}: {bad[0]} holds NaN or infinite values; the training that made it diverged")
     if channels is None:

@@ -136,6 +136,7 @@ def spec_from_dict(content: dict[str, Any], source: str) -> ModelSpec:
         raise InputError(f"{source}: field {missing[0]!r} is missing")
     content = {k: tuple(v) if isinstance(v, list) else v for k, v in content.items()}
     spec = ModelSpec(**content)
+    reserved = {"case", "reference", "instances"}  # the manifest's own columns
     rules = [
         (
             isinstance(spec.architecture, str) and spec.architecture in NETWORKS,
@@ -146,9 +147,10 @@ def spec_from_dict(content: dict[str, Any], source: str) -> ModelSpec:
         (
             isinstance(spec.channels, tuple)
             and all(isinstance(c, str) for c in spec.channels)
-            and len(set(spec.channels)) == len(spec.channels) > 0,
+            and len(set(spec.channels)) == len(spec.channels) > 0
+            and not reserved & set(spec.channels),
             "channels",
-            "different names",
+            "different names, none of them case, reference or instances",
         ),
         (
             isinstance(spec.window, tuple)

@@ -5,7 +5,7 @@ With `P(l) = "model" + ".1.submodule" · l`, level `l` on the way down is `P(l).
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,10 +20,12 @@ def recognise(state: Mapping[str, np.ndarray]) -> bool:
     return "model.0.conv.weight" in state or any(re.match(r"model\.1\.submodule\.", k) for k in state)
 
 
-def read(state: Mapping[str, np.ndarray], source: str) -> tuple[dict[str, Any], int, dict[str, Any]]:
+def read(
+    state: Mapping[str, np.ndarray], source: str, strides: Sequence[int] | None = None
+) -> tuple[dict[str, Any], int, dict[str, Any]]:
     """Options of `UNet`, the number of input channels, and the variables.
 
-    Strides cannot be read from tensors: each level is taken to halve the grid, as in the paper and MONAI's examples. Raises
+    Strides cannot be read from tensors: unless given, each level is taken to halve the grid, as in the paper. Raises
     InputError that lists unknown, missing and misshapen keys.
     """
     state = {k: v for k, v in state.items() if not k.endswith(_IGNORED)}
@@ -38,6 +40,10 @@ def read(state: Mapping[str, np.ndarray], source: str) -> tuple[dict[str, Any], 
     if odd := [key for key in (*down, "model.2.conv.weight") if state[key].ndim not in (4, 5)]:
         raise InputError(f"{source}: not a MONAI UNet: {odd[0]} has shape {state[odd[0]].shape}, expected 4 or 5 axes")
 
+    if strides is not None and len(strides) != levels:
+        raise InputError(
+            f"{source}: the network has {levels} levels, {len(strides)} strides are given; give one per level"
+        )
     channels = [state[key].shape[0] for key in down]
     top, up = state["model.0.conv.weight"], state["model.2.conv.weight"]
     if any(".adn.N.running_" in key for key in state):
@@ -49,7 +55,7 @@ def read(state: Mapping[str, np.ndarray], source: str) -> tuple[dict[str, Any], 
         norm = "instance"
     options = {
         "channels": channels,
-        "strides": [2] * levels,
+        "strides": list(strides) if strides is not None else [2] * levels,
         "out_channels": up.shape[1],
         "norm": norm,
         "kernel_size": _kernel(top),

@@ -66,7 +66,7 @@ def _strip(name: str) -> str:
 
 def _load(path: Path) -> Any:
     if not path.is_file():
-        raise InputError(f"{path}: no such checkpoint file")
+        raise InputError(f"{path}: {'is a folder, expected' if path.is_dir() else 'no such'} checkpoint file")
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()

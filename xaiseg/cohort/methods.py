@@ -59,6 +59,8 @@ def build_methods(model: Model, settings: Settings) -> list[Method]:
     for name in settings.methods:
         if name not in METHODS:
             raise ValueError(f"method {name!r} is unknown; known are {', '.join(METHODS)}")
+    if settings.layer is not None and settings.layer not in model.taps():
+        raise ValueError(f"no layer {settings.layer!r} in this network; it has {', '.join(model.taps())}")
     return [METHODS[name](model, settings) for name in settings.methods]
 
 
@@ -98,8 +100,6 @@ def _smoothgrad(model: Model, settings: Settings) -> Method:
 
 def _gradcam_pp(model: Model, settings: Settings) -> Method:
     layer = settings.layer or model.spec.default_layer
-    if layer not in model.taps():
-        raise ValueError(f"no layer {layer!r} in this network; it has {', '.join(model.taps())}")
     explain = gradcam_pp(layer=layer)
     return Method(
         name="gradcam++",

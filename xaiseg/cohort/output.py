@@ -70,9 +70,24 @@ class OutputFolder:
         except OSError as error:
             raise InputError(f"{self.root}: cannot be written ({error.strerror}); choose another folder") from error
 
-    def begin(self) -> None:
-        """Set the earlier run's files aside; called when the headers are known to be good."""
+    def begin(self, source: str) -> None:
+        """Set the earlier run's files aside; called when the headers are known to be good.
+
+        The dataset description comes first: by it a folder inside a dataset is known as this tool's results, even of a killed run.
+        """
         self._move(self._earlier, self.root, self._aside)
+        description = {
+            "Name": "xaiseg: instance-level saliency",
+            "BIDSVersion": "1.10.0",
+            "DatasetType": "derivative",
+            "GeneratedBy": [{"Name": "xaiseg", "Version": __version__}],
+            "SourceDatasets": [{"URL": source}],
+        }
+        self.json(self.root / "dataset_description.json", description)
+        self.text(
+            self.root / ".bidsignore",
+            "*_saliency.*\n*.png\nlogs/\nlesions.*\ncases.*\n**/*_desc-lesions.tsv\n",
+        )
 
     def path(self, case: Case, name: str) -> Path:
         """The file `NAME` of a case, `sub-01/ses-01/anat/sub-01_ses-01_NAME`."""
@@ -122,19 +137,7 @@ class OutputFolder:
             self._move([self._aside / file.relative_to(self.root) for file in self._earlier], self._aside, self.root)
 
     def close(self, log: Mapping[str, Any]) -> None:
-        """Write the dataset description and, last, the run log with the list of files; the earlier run's are gone then."""
-        description = {
-            "Name": "xaiseg: instance-level saliency",
-            "BIDSVersion": "1.10.0",
-            "DatasetType": "derivative",
-            "GeneratedBy": [{"Name": "xaiseg", "Version": __version__}],
-            "SourceDatasets": [{"URL": str(log["input"])}],
-        }
-        self.json(self.root / "dataset_description.json", description)
-        self.text(
-            self.root / ".bidsignore",
-            "*_saliency.*\n*.png\nlogs/\nlesions.*\ncases.*\n**/*_desc-lesions.tsv\n",
-        )
+        """Write, last, the run log with the list of files; the earlier run's are gone then."""
         self.json(self.root / _LOG, {**log, "files": sorted(str(f.relative_to(self.root)) for f in self._files)})
         shutil.rmtree(self._aside, ignore_errors=True)
 
@@ -146,12 +149,12 @@ class OutputFolder:
                 except OSError as error:
                     raise InputError(f"{folder}: cannot be made ({error.strerror}); choose another folder") from error
                 self._created.append(folder)
+        if path not in self._files:
+            self._files.append(path)  # before it exists: an interruption just after the renaming must find it listed
         try:
             write()
         except OSError as error:
             raise InputError(f"{path}: cannot be written ({error.strerror or error})") from error
-        if path not in self._files:
-            self._files.append(path)
 
     def _remove(self, files: Sequence[Path]) -> None:
         for file in files:

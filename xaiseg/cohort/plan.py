@@ -1,5 +1,6 @@
 """What a run is about to do and how long it will take, said before it starts."""
 
+import math
 from collections.abc import Sequence
 
 import jax
@@ -22,7 +23,7 @@ def say_plan(
 ) -> int:
     """Print what is about to be done and what it will take; returns the units of the progress bar."""
     busy = [work for work in works if work.instances]
-    smallest = min(busy, key=lambda work: work.volume_shape)
+    smallest = min(busy, key=lambda work: math.prod(work.volume_shape))
     scan = load_scan(smallest.case, model.spec.channels, model.spec.orientation, request.resample)
     lesions = sum(len(work.instances) for work in busy)
     left_out = sum(work.present for work in works) - lesions

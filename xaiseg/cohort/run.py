@@ -41,7 +41,7 @@ def segment(model: Model, request: Request, say: Print = print) -> list[dict[str
     cases, output = _prepare(model, request)
     predictor = StitchedPredictor.of(model)
     with _discarding(output):
-        output.begin()
+        output.begin(str(request.input.absolute()))
         works = _segment_all(model, predictor, cases, request, output, "predicted")
         rows = [work.row for work in works]
         write_log(output, request, model, None, [], rows, started)
@@ -64,7 +64,7 @@ def explain(model: Model, request: Request, settings: Settings, say: Print = pri
     predictor = StitchedPredictor.of(model)
     with _discarding(output):
         if not request.dry_run:
-            output.begin()
+            output.begin(str(request.input.absolute()))
         written = None if request.dry_run else output
         works = _segment_all(model, predictor, cases, request, written, request.instances)
         if not any(work.instances for work in works):
@@ -212,9 +212,11 @@ def _draw(
     whole = np.zeros((*shape, saliency.values.shape[-1]), np.float32)
     whole[tuple(slice(s, s + n) for s, n in zip(saliency.start, saliency.values.shape, strict=False))] = saliency.values
     names = method.names if method.signed else ("Grad-CAM++",)
-    peaks = ", ".join(
+    peaks = "peak " + ", ".join(
         f"{name} {saliency.values[..., c].max():{'+.3g' if method.signed else '.3g'}}" for c, name in enumerate(names)
     )
+    if not saliency.values.any():
+        peaks = "the map is zero everywhere"
     lesion_figure(
         scan.image,
         channels,
@@ -222,7 +224,7 @@ def _draw(
         whole,
         scan.grid.affine,
         title=f"{row['case']} · lesion {instance.label} · {row['group']}",
-        subtitle=f"{row['volume_mm3']:.0f} mm³ · {method.title} · peak {peaks}",
+        subtitle=f"{row['volume_mm3']:.0f} mm³ · {method.title} · {peaks}",
         unit=method.unit,
         signed=method.signed,
         saliency_names=names,

@@ -22,6 +22,9 @@ from xaiseg.imaging.header import SIZE, file_length, grid_of, parse, place
 _LEVEL = 1  # gzip, as nibabel: level 6 takes a float map of a head from 10.9 to 9.5 % in three times the time
 
 
+MAX_LABEL = 1_000_000  # tables per label are kept; no scan has more lesions
+
+
 def check_header(path: Path) -> Grid:
     """The grid of a NIfTI file, from its header, checked without decompressing the voxels.
 
@@ -100,6 +103,10 @@ def read_labels(path: Path, grid: Grid | None = None) -> np.ndarray:
         raise InputError(
             f"{path}: voxels without a valid label: {np.count_nonzero(~valid)}, values {listed}; "
             "expected integers from 0: give a label map or a binary mask"
+        )
+    if (largest := labels.max(initial=0)) > MAX_LABEL:
+        raise InputError(
+            f"{path}: largest label {largest:.0f}; expected at most {MAX_LABEL}: number the lesions 1, 2, 3, …"
         )
     return labels.astype(np.int32)
 

@@ -117,12 +117,6 @@ def expected_variables(spec: ModelSpec) -> Variables:
     return jax.eval_shape(build_network(spec).init, jax.random.key(0), _window(spec))
 
 
-def network_classes(spec: ModelSpec) -> int:
-    """The number of classes in the logits. Raises ValueError where the network cannot take the spec's window."""
-    (logits, _), _ = jax.eval_shape(build_network(spec).init_with_output, jax.random.key(0), _window(spec))
-    return logits.shape[-1]
-
-
 def _window(spec: ModelSpec) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((1, *spec.window, len(spec.channels)), jnp.float32)
 

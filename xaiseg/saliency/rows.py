@@ -129,6 +129,8 @@ def _stream(
     channels = linearised.channels
     if aggregator.linear:
         # the sum of the rows is one pull-back of the summed cotangents
+        if memory is not None:
+            chunk_size(linearised.window(int(group.windows[0])), plan.window, 1, memory)
         rows = None
         for window, local, share, offset in zip(group.windows, group.local, group.share, offsets, strict=True):
             cotangent = np.zeros(plan.window, np.float32)
@@ -170,8 +172,8 @@ def chunk_size(pull: Any, window: tuple[int, ...], chunk: int | None, memory: in
     if memory is not None and memory < needed * (chunk or 1):
         rows = f"a chunk of {chunk} rows" if chunk else "one row"
         raise InputError(
-            f"--memory {memory / 2**20:.0f} MiB is too little: {rows} of this network takes "
-            f"{needed * (chunk or 1) / 2**20:.0f} MiB; "
+            f"--memory {memory / 2**20:.3g} MiB is too little: {rows} of this network takes "
+            f"{needed * (chunk or 1) / 2**20:.3g} MiB; "
             f"give more memory{' or a smaller --chunk' if chunk else ''}"
         )
     if chunk is not None:
