@@ -20,6 +20,7 @@ class Config:
     """Settings of a run. The defaults are the paper's, where it gives one. Lengths are in voxels.
 
     channels, orientation, window, overlap, min_voxels: see `xaiseg.models.ModelSpec`.
+    default_layer: the tap of Grad-CAM++; the paper's, the second-highest level of the decoder, if empty.
     features, strides, norm: of the `UNet`.
     phantoms, validation_phantoms: seeds (first, one past the last) of synthetic brains to use instead of scans.
 
@@ -45,6 +46,7 @@ class Config:
     window: tuple[int, ...] = (96, 96, 96)
     overlap: float = 0.25
     min_voxels: int = 1
+    default_layer: str = ""
     phantoms: tuple[int, ...] = ()
     validation_phantoms: tuple[int, ...] = ()
 
@@ -82,7 +84,7 @@ class Config:
             "threshold": threshold,
             "min_voxels": self.min_voxels,
             "orientation": self.orientation,
-            "default_layer": "decoder1.conv" if len(self.features) > 2 else "bottleneck.conv",
+            "default_layer": self.default_layer or ("decoder1.conv" if len(self.features) > 2 else "bottleneck.conv"),
             "source": source,
             "notes": notes or {},
         }
