@@ -1,5 +1,6 @@
 """One scan's lesions explained in batches that fit into memory, and what a row costs here."""
 
+import math
 import time
 import zlib
 from collections.abc import Iterator, Sequence
@@ -47,8 +48,7 @@ def _batches(plan: WindowPlan, instances: Sequence[Instance], channels: int, mem
     held = 0
     for instance in instances:
         windows = np.flatnonzero((plan.coverage(instance.voxels)[1] > 0).any(1))
-        sides = plan.starts[windows].max(0) - plan.starts[windows].min(0) + np.array(plan.window)
-        needed = int(np.prod(sides)) * channels * 4 * _COPIES
+        needed = math.prod(plan.bounding_box(windows).shape) * channels * 4 * _COPIES
         if batch and held + needed > memory:
             yield batch
             batch, held = [], 0

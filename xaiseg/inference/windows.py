@@ -9,6 +9,7 @@ import itertools
 import math
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,6 +17,13 @@ _SIGMA = 0.125
 _FLOOR = 1e-3
 
 Triple = tuple[int, int, int]
+
+
+class Box(NamedTuple):
+    """Part of the padded volume: its first voxel and its sides."""
+
+    start: tuple[int, ...]
+    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -67,6 +75,12 @@ class WindowPlan:
 
     def slices(self, start: np.ndarray) -> tuple[slice, ...]:
         return tuple(slice(s, s + w) for s, w in zip(start.tolist(), self.window, strict=True))
+
+    def bounding_box(self, windows: np.ndarray) -> Box:
+        """The smallest box that holds the windows of these numbers."""
+        low = self.starts[windows].min(0)
+        high = self.starts[windows].max(0) + np.array(self.window)
+        return Box(tuple(low.tolist()), tuple((high - low).tolist()))
 
     def coverage(self, voxels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Which windows hold which voxels, and with what share of the blended logit.

@@ -45,22 +45,21 @@ def gradcam_pp(*, layer: str) -> Explainer:
         for instance in instances:
             local, share = plan.coverage(instance.voxels)
             windows = np.flatnonzero((share > 0).any(1))
-            low = plan.starts[windows].min(0)
-            high = plan.starts[windows].max(0) + np.array(plan.window)
-            total = np.zeros((*(high - low).tolist(), 1), np.float32)
+            box = plan.bounding_box(windows)
+            total = np.zeros((*box.shape, 1), np.float32)
             undefined = active = 0
             for w in windows:
                 cotangent = _cotangent(plan, local[w], share[w])
                 cam, near, positive = _window_cam(
                     predictor.tapped_fn, padded, plan.starts[w], cotangent, layer, tap, predictor.target_class
                 )
-                x, y, z = (plan.starts[w] - low).tolist()
+                x, y, z = (plan.starts[w] - np.array(box.start)).tolist()
                 a, b, c = plan.window
                 total[x : x + a, y : y + b, z : z + c, 0] += np.asarray(cam)
                 undefined, active = undefined + int(near), active + int(positive)
                 if progress is not None:
                     progress(1)
-            maps.append(crop_to_volume(plan, total, low.tolist()))
+            maps.append(crop_to_volume(plan, total, box.start))
             extra = {"alpha_near_zero": undefined / active if active else 0.0}
             infos.append(Info(rows=len(windows), windows=len(windows), extra=extra))
         return maps, infos

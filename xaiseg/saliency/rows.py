@@ -19,7 +19,7 @@ from jax import Array
 
 from xaiseg._types import Aggregator, Explainer, Info, Instance, LogitsFn, Progress, SaliencyMap
 from xaiseg.errors import InputError
-from xaiseg.inference import StitchedPredictor, WindowPlan, cut, pad
+from xaiseg.inference import Box, StitchedPredictor, WindowPlan, cut, pad
 
 # Windows kept linearised at once. A voxel lies in up to three per axis, since the last start is clamped (182 voxels: 0, 72, 86).
 _LINEARISED = 27
@@ -49,10 +49,10 @@ def jacobian_rows(aggregator: Aggregator, *, chunk: int | None = None, memory: i
         maps, infos = [], []
         for instance in instances:
             groups = list(window_groups(plan, instance))
-            region = _bounding_box(plan, np.concatenate([g.windows for g in groups]))
+            region = plan.bounding_box(np.concatenate([g.windows for g in groups]))
             state = aggregator.init((*region.shape, image.shape[-1]))
             for group in groups:
-                box = _bounding_box(plan, group.windows)
+                box = plan.bounding_box(group.windows)
                 inner = np.array(box.start, np.int32) - np.array(region.start, np.int32)
                 for rows, index, weight in _stream(linearised, group, box, aggregator, chunk, memory):
                     state = _update(aggregator, state, rows, index, weight, inner)
@@ -95,17 +95,6 @@ def count_rows(groups: Sequence[WindowGroup], aggregator: Aggregator) -> int:
     return sum(len(g.windows) * (1 if aggregator.linear else len(g.rows)) for g in groups)
 
 
-class _Box(NamedTuple):
-    start: tuple[int, ...]
-    shape: tuple[int, ...]
-
-
-def _bounding_box(plan: WindowPlan, windows: np.ndarray) -> _Box:
-    low = plan.starts[windows].min(0)
-    high = plan.starts[windows].max(0) + np.array(plan.window)
-    return _Box(tuple(low.tolist()), tuple((high - low).tolist()))
-
-
 def crop_to_volume(plan: WindowPlan, values: np.ndarray, start: Sequence[int]) -> SaliencyMap:
     """A map over part of the padded volume, cut where that reaches beyond the volume itself."""
     low = [s - lo for s, (lo, _) in zip(start, plan.padding, strict=True)]
@@ -118,7 +107,7 @@ def crop_to_volume(plan: WindowPlan, values: np.ndarray, start: Sequence[int]) -
 def _stream(
     linearised: "_Linearised",
     group: WindowGroup,
-    box: _Box,
+    box: Box,
     aggregator: Aggregator,
     chunk: int | None,
     memory: int | None,
