@@ -10,6 +10,7 @@ Float32 means float32: the highest precision is asked for, or accelerators would
 Arrays are channels last, `(N, *spatial, C)`; kernels are `(*window, C_in, C_out)`.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -35,9 +36,12 @@ def conv(x: Array, kernel: Array, strides: Sequence[int], padding: Padding, lowe
         lowering = "folded" if kernel.ndim == 5 and _platform() == "cpu" else "native"
     if lowering == "native":
         return _native(x, kernel, strides, padding)
-    if all(k == 1 for k in kernel.shape[:3]) and not any(p for pair in padding for p in pair):
-        x = x[:, :: strides[0], :: strides[1], :: strides[2]]
-        return lax.dot_general(x, kernel[0, 0, 0], (((4,), (0,)), ((), ())), precision=lax.Precision.HIGHEST)
+    if not any(p for pair in padding for p in pair):
+        if all(k == 1 for k in kernel.shape[:3]):
+            x = x[:, :: strides[0], :: strides[1], :: strides[2]]
+            return _matmul(x, kernel[0, 0, 0])
+        if tuple(kernel.shape[:3]) == tuple(strides):
+            return _patches(x, kernel)
     return _depth_folded(x, kernel, strides, padding)
 
 
@@ -77,6 +81,20 @@ def _native(x: Array, kernel: Array, strides: Sequence[int], padding: Padding) -
     return lax.conv_general_dilated(
         x, kernel, tuple(strides), list(padding), dimension_numbers=layout, precision=lax.Precision.HIGHEST
     )
+
+
+def _matmul(x: Array, matrix: Array) -> Array:
+    return lax.dot_general(x, matrix, (((x.ndim - 1,), (0,)), ((), ())), precision=lax.Precision.HIGHEST)
+
+
+def _patches(x: Array, kernel: Array) -> Array:
+    """Windows that tile the grid, as one matrix product: space to depth, or depth to space for the transpose."""
+    n, *spatial, c = x.shape
+    window = kernel.shape[:3]
+    d, h, w = (size // k for size, k in zip(spatial, window, strict=True))
+    x = x[:, : d * window[0], : h * window[1], : w * window[2]]
+    x = x.reshape(n, d, window[0], h, window[1], w, window[2], c).transpose(0, 1, 3, 5, 2, 4, 6, 7)
+    return _matmul(x.reshape(n, d, h, w, math.prod(window) * c), kernel.reshape(-1, kernel.shape[-1]))
 
 
 def _depth_folded(x: Array, kernel: Array, strides: Sequence[int], padding: Padding) -> Array:

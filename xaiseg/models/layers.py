@@ -4,9 +4,12 @@ Flax's own differ where it matters: their ε is 1e-5 or 1e-6, their fast varianc
 their running variance is the biased one.
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -15,29 +18,32 @@ from xaiseg.models.convolution import conv, conv_transpose
 _EPSILON = 1e-5
 
 
-def _same(kernel_size: Sequence[int]) -> list[tuple[int, int]]:
-    """PyTorch's `padding = (k - 1) // 2` on both sides. XLA's SAME would pad an even grid by (0, 1)."""
-    return [((k - 1) // 2, (k - 1) // 2) for k in kernel_size]
+def _both_sides(padding: Sequence[int] | None, kernel_size: Sequence[int]) -> list[tuple[int, int]]:
+    """PyTorch's padding, the same before and after. XLA's SAME would pad an even grid by (0, 1)."""
+    return [(p, p) for p in (padding if padding is not None else [(k - 1) // 2 for k in kernel_size])]
 
 
 class Conv(nn.Module):
-    """Convolution with symmetric padding. Parameters `kernel` `(*window, C_in, C_out)` and `bias` `(C_out,)`."""
+    """Convolution with symmetric padding, by default `(k - 1) // 2`. Parameters `kernel` `(*window, C_in, C_out)`, `bias` `(C_out,)`."""
 
     features: int
     kernel_size: Sequence[int]
     strides: Sequence[int]
     use_bias: bool = True
+    padding: Sequence[int] | None = None
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         shape = (*self.kernel_size, x.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.he_normal(), shape)
-        y = conv(x, kernel, self.strides, _same(self.kernel_size))
+        y = conv(x, kernel, self.strides, _both_sides(self.padding, self.kernel_size))
         return y + _per_channel(self.param("bias", nn.initializers.zeros, (self.features,)), y) if self.use_bias else y
 
 
 class ConvTranspose(nn.Module):
-    """Transposed convolution that multiplies each side by its stride (PyTorch's `output_padding = stride - 1`, MONAI's choice).
+    """Transposed convolution that multiplies each side by its stride: PyTorch's `output_padding` is what that takes.
+
+    padding: of the convolution whose transpose this is, by default `(k - 1) // 2`; 0 where the kernel is as wide as the stride.
 
     Parameters `kernel` `(*window, C_out, C_in)` and `bias` `(C_out,)`.
     """
@@ -46,13 +52,14 @@ class ConvTranspose(nn.Module):
     kernel_size: Sequence[int]
     strides: Sequence[int]
     use_bias: bool = True
+    padding: Sequence[int] | None = None
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         shape = (*self.kernel_size, self.features, x.shape[-1])
         init = nn.initializers.variance_scaling(2.0, "fan_in", "truncated_normal", in_axis=-1, out_axis=-2)
         kernel = self.param("kernel", init, shape)
-        padding = _same(self.kernel_size)
+        padding = _both_sides(self.padding, self.kernel_size)
         extra = [s + lo + hi - k for s, (lo, hi), k in zip(self.strides, padding, self.kernel_size, strict=True)]
         y = conv_transpose(x, kernel, self.strides, padding, extra)
         return y + _per_channel(self.param("bias", nn.initializers.zeros, (self.features,)), y) if self.use_bias else y
@@ -97,11 +104,69 @@ class InstanceNorm(nn.Module):
     def __call__(self, x: Array) -> Array:
         mean, var = _moments(x, tuple(range(1, x.ndim - 1)))
         y = (x - mean) * lax.rsqrt(var + _EPSILON)
-        if not self.affine:
-            return y
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
-        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
-        return y * _per_channel(scale, x) + _per_channel(bias, x)
+        return _affine(self, y) if self.affine else y
+
+
+class GroupNorm(nn.Module):
+    """Group normalisation over the spatial axes and the channels of a group. Parameters `scale`, `bias` `(C,)`."""
+
+    groups: int
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        c = x.shape[-1]
+        if c % self.groups:
+            raise ValueError(f"{c} features cannot be split into {self.groups} groups")
+        grouped = x.reshape(*x.shape[:-1], self.groups, c // self.groups)
+        mean, var = _moments(grouped, (*range(1, x.ndim - 1), grouped.ndim - 1))
+        y = ((grouped - mean) * lax.rsqrt(var + _EPSILON)).reshape(x.shape)
+        return _affine(self, y)
+
+
+class LayerNorm(nn.Module):
+    """Normalisation over the channels of each voxel. `affine` adds `scale` and `bias` `(C,)`."""
+
+    affine: bool = True
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        mean, var = _moments(x, (x.ndim - 1,))
+        y = (x - mean) * lax.rsqrt(var + _EPSILON)
+        return _affine(self, y) if self.affine else y
+
+
+class Dense(nn.Module):
+    """Matrix product over the channels. Parameters `kernel` `(C_in, C_out)` and `bias` `(C_out,)`."""
+
+    features: int
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        kernel = self.param("kernel", nn.initializers.truncated_normal(0.02), (x.shape[-1], self.features))
+        y = lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())), precision=lax.Precision.HIGHEST)
+        return y + _per_channel(self.param("bias", nn.initializers.zeros, (self.features,)), y) if self.use_bias else y
+
+
+NORMS = ("batch", "instance", "instance_affine", "group:N", "none")
+
+
+def check_norm(kind: str) -> None:
+    """Raise ValueError unless `kind` names a normalisation: one of `NORMS`, with a number in place of N."""
+    if (kind not in NORMS and not re.fullmatch("group:[1-9][0-9]*", kind)) or kind == "group:N":
+        raise ValueError(f"norm is {kind!r}; known are {', '.join(NORMS)}")
+
+
+def normalise(x: Array, kind: str, name: str, train: bool = False) -> Array:
+    """The normalisation `kind`, one of `NORMS`, as the submodule `name` of the module that calls this."""
+    check_norm(kind)
+    if kind == "none":
+        return x
+    if kind == "batch":
+        return BatchNorm(name=name)(x, train)
+    if kind.startswith("group:"):
+        return GroupNorm(int(kind.removeprefix("group:")), name=name)(x)
+    return InstanceNorm(affine=kind == "instance_affine", name=name)(x)
 
 
 class PReLU(nn.Module):
@@ -111,6 +176,32 @@ class PReLU(nn.Module):
     def __call__(self, x: Array) -> Array:
         slope = self.param("slope", nn.initializers.constant(0.25), (1,))
         return jnp.where(x >= 0, x, _per_channel(slope, x) * x)
+
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "leakyrelu": partial(jax.nn.leaky_relu, negative_slope=0.01),
+    "relu": jax.nn.relu,
+    "gelu": partial(jax.nn.gelu, approximate=False),  # PyTorch's is the exact one
+    "swish": jax.nn.swish,
+}
+
+
+def check_activation(kind: str) -> None:
+    """Raise ValueError unless `kind` names an activation: `prelu` or one of `ACTIVATIONS`."""
+    if kind != "prelu" and kind not in ACTIVATIONS:
+        raise ValueError(f"activation is {kind!r}; known are prelu, {', '.join(ACTIVATIONS)}")
+
+
+def activate(x: Array, kind: str, name: str) -> Array:
+    """The activation `kind`; `prelu` has a slope and becomes the submodule `name` of the module that calls this."""
+    check_activation(kind)
+    return PReLU(name=name)(x) if kind == "prelu" else ACTIVATIONS[kind](x)
+
+
+def _affine(module: nn.Module, y: Array) -> Array:
+    scale = module.param("scale", nn.initializers.ones, (y.shape[-1],))
+    bias = module.param("bias", nn.initializers.zeros, (y.shape[-1],))
+    return y * _per_channel(scale, y) + _per_channel(bias, y)
 
 
 def _moments(x: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:

@@ -1,0 +1,62 @@
+"""The two convolution blocks that DynUNet and Swin UNETR are made of."""
+
+from collections.abc import Sequence
+
+import flax.linen as nn
+from jax import Array
+
+from xaiseg.models.layers import Conv, activate, normalise
+from xaiseg.models.taps import Taps
+
+
+class PlainBlock(nn.Module):
+    """conv, norm, activation, twice: MONAI's `UnetBasicBlock`. Taps `conv1`, `conv2`: outputs of the convolutions.
+
+    norm, activation: see `layers.NORMS`, `layers.ACTIVATIONS`. The first convolution has the strides.
+    """
+
+    features: int
+    kernel_size: Sequence[int]
+    strides: Sequence[int]
+    norm: str = "instance"
+    activation: str = "leakyrelu"
+
+    @nn.compact
+    def __call__(self, x: Array, tap: Taps, train: bool = False) -> Array:
+        ones = (1,) * len(self.kernel_size)
+        for i, strides in ((1, self.strides), (2, ones)):
+            x = tap(f"conv{i}", _conv(self.features, self.kernel_size, strides, f"conv{i}")(x))
+            x = activate(normalise(x, self.norm, f"norm{i}", train), self.activation, f"act{i}")
+        return x
+
+
+class ResidualBlock(nn.Module):
+    """conv, norm, activation, conv, norm, plus the shortcut, activation: MONAI's `UnetResBlock`.
+
+    Where the features or the grid change, the shortcut is a 1×1×1 convolution with the strides and a norm (`conv3`, `norm3`).
+    Taps `conv1`, `conv2`: outputs of the convolutions.
+    """
+
+    features: int
+    kernel_size: Sequence[int]
+    strides: Sequence[int]
+    norm: str = "instance"
+    activation: str = "leakyrelu"
+
+    @nn.compact
+    def __call__(self, x: Array, tap: Taps, train: bool = False) -> Array:
+        ones = (1,) * len(self.kernel_size)
+        y = tap("conv1", _conv(self.features, self.kernel_size, self.strides, "conv1")(x))
+        y = activate(normalise(y, self.norm, "norm1", train), self.activation, "act1")
+        y = tap("conv2", _conv(self.features, self.kernel_size, ones, "conv2")(y))
+        y = normalise(y, self.norm, "norm2", train)
+        if x.shape[-1] != self.features or any(s != 1 for s in self.strides):
+            x = _conv(self.features, ones, self.strides, "conv3")(x)
+            x = normalise(x, self.norm, "norm3", train)
+        return activate(y + x, self.activation, "act2")
+
+
+def _conv(features: int, kernel_size: Sequence[int], strides: Sequence[int], name: str) -> Conv:
+    """A convolution without bias, with MONAI's padding for these blocks."""
+    padding = [max(k - s + 1, 0) // 2 for k, s in zip(kernel_size, strides, strict=True)]
+    return Conv(features, kernel_size, strides, use_bias=False, padding=padding, name=name)
