@@ -58,13 +58,14 @@ class Xaiseg:
         import jax.numpy as jnp
 
         from xaiseg.checkpoints import monai_unet
+        from xaiseg.checkpoints.mapping import Given
         from xaiseg.models import Model, ModelSpec
         from xaiseg.saliency import rows
 
-        options, _, variables = monai_unet.read(state, "benchmark")
-        spec = ModelSpec("unet", options, ("FLAIR", "T1w"), WINDOW)
+        reading = monai_unet.read(state, "benchmark", Given())
+        spec = ModelSpec("unet", reading.options, ("FLAIR", "T1w"), WINDOW)
         self.jax, self.module = jax, rows
-        model = Model(spec, jax.tree.map(jnp.asarray, variables))
+        model = Model(spec, jax.tree.map(jnp.asarray, reading.variables))
         self.logits_fn, self.local_fn = model.logits_fn, model.local_fn
         self.x = jnp.asarray(image())
         self.apply = jax.jit(lambda f, x: f(x[None])[0])
@@ -76,7 +77,7 @@ class Xaiseg:
         """The pull-back of the tile around the voxels, as `explain` uses it, or of the whole window; with place and sides."""
         x, zero = self.x, np.zeros(3, np.int32)
         if not tiled:
-            pull = self.module._linearise(self.logits_fn, x, zero, WINDOW, 1)
+            pull = self.module.linearise_window(self.logits_fn, x, zero, WINDOW, 1)
             return self.jax.block_until_ready(pull), zero, WINDOW
         start = np.min(ROW_VOXELS, axis=0).astype(np.int32) // self.local_fn.alignment * self.local_fn.alignment
         pull = self.module._linearise_tile(self.local_fn.function, x, zero, start, WINDOW, 1)

@@ -319,7 +319,9 @@ def test_convert(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--channels", "T1w,FLAIR", "--window", "8,16,8", "--overlap", "0.5", "--threshold", "0.4"]
     options += ["--connectivity", "26", "--orientation", "RAS"]
     assert main(["convert", str(FIXTURES / "unet_batch.pth"), str(tmp_path / "model"), *options]) == 0
-    assert "window 8×16×8" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "8×16×8, overlap 0.5" in out
+    assert "strides 2 at every level (keys do not tell; --strides)" in out
     spec = load_model(tmp_path / "model").spec
     assert (spec.channels, spec.window, spec.overlap) == (("T1w", "FLAIR"), (8, 16, 8), 0.5)
     assert (spec.threshold, spec.connectivity, spec.orientation) == (0.4, 26, "RAS")
@@ -336,11 +338,14 @@ def test_convert_onto_an_existing_folder(model: Path, refused: Refused) -> None:
 @pytest.mark.parametrize(
     ("name", "options", "found"),
     [
-        ("unet_residual.pth", [], "residual units"),
+        ("unet_batch.pth", [], "does not tell the size of its window"),
+        ("unet_batch.pth", ["--window", "16,16,16", "--strides", "2"], "2 levels, 1 stride"),
+        ("unet_batch.pth", ["--window", "16,16,16", "--no-mirroring"], "not an nnU-Net result folder"),
+        ("unet_batch.pth", ["--window", "16,16,16", "--fold", "0"], "not an nnU-Net result folder"),
         ("unet_batch.pth", ["--window", "16,16,15"], "multiple of"),
         ("unet_batch.pth", ["--channels", "FLAIR"], "2 input channels"),
-        ("unet_batch.pth", ["--channels", "FLAIR,FLAIR"], "different names"),
-        ("unet_batch.pth", ["--orientation", "RAX"], "axis codes"),
+        ("unet_batch.pth", ["--window", "16,16,16", "--channels", "FLAIR,FLAIR"], "different names"),
+        ("unet_batch.pth", ["--window", "16,16,16", "--orientation", "RAX"], "axis codes"),
         ("unet_2d.pth", ["--window", "16,16,16", "--target-class", "1"], "2-D"),
         ("unet_batch.npz", [], "not a PyTorch checkpoint"),
         ("absent.pth", [], "no such checkpoint"),
@@ -362,7 +367,7 @@ def test_convert_refuses_another_architecture(refused: Refused, tmp_path: Path) 
             data = source.read(item)
             # Same length, so that the pickle stays valid: a state dict with keys of no U-Net.
             target.writestr(item.filename, data.replace(b"model.", b"layer."))
-    assert "not a MONAI UNet" in refused("convert", tmp_path / "vit.pth", tmp_path / "out")
+    assert "not a network that can be converted (MONAI UNet, " in refused("convert", tmp_path / "vit.pth", tmp_path / "out")
 
 
 def test_convert_runs_no_code(refused: Refused, tmp_path: Path) -> None:

@@ -35,23 +35,37 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _convert(arguments: argparse.Namespace) -> int:
     from xaiseg.checkpoints import convert, save_model
+    from xaiseg.inspection import as_lines, summary
 
+    names = (
+        "window",
+        "strides",
+        "norm",
+        "activation",
+        "patch_merging",
+        "folds",
+        "overlap",
+        "threshold",
+        "connectivity",
+    )
     settings = {
-        name: getattr(arguments, name)
-        for name in ("strides", "window", "overlap", "threshold", "connectivity", "orientation", "target_class")
-        if getattr(arguments, name) is not None
+        name: value
+        for name in (*names, "orientation", "target_class", "checkpoint", "any_trainer", "mirroring")
+        if (value := getattr(arguments, name)) is not None
     }
     model = convert(arguments.source, arguments.channels, **settings)
     folder = save_model(arguments.model, model, arguments.overwrite)
-    spec = model.spec
-    print(f"{folder}: {spec.architecture}, {model.parameter_count:,} parameters, channels {', '.join(spec.channels)}")
-    print(
-        f"  features {_joined(spec.options['channels'])}, strides {_joined(spec.options['strides'])}, norm {spec.options['norm']}"
-    )
-    print(
-        f"  window {'×'.join(map(str, spec.window))}, overlap {spec.overlap}, {spec.blending} blending, "
-        f"threshold {spec.threshold}, connectivity {spec.connectivity}, orientation {spec.orientation}"
-    )
+    print(f"{folder}: {model.spec.architecture}, {model.parameter_count:,} parameters")
+    print("\n".join(f"  {line}" for line in as_lines(summary(model))))
+    return 0
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from xaiseg.checkpoints import load_model
+    from xaiseg.inspection import describe, inspect
+
+    model = load_model(arguments.model)
+    print("\n".join(describe(model, inspect(model))))
     return 0
 
 
@@ -101,19 +115,58 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     convert = _command(commands, "convert", _convert, "turn a trained PyTorch checkpoint into a model folder")
-    convert.add_argument("source", type=Path, metavar="SRC", help="a .pth file with the state dict of a MONAI UNet")
+    convert.add_argument(
+        "source",
+        type=Path,
+        metavar="SRC",
+        help="a .pth file (MONAI UNet, DynUNet, SwinUNETR) or an nnU-Net result folder",
+    )
     convert.add_argument("model", type=Path, metavar="OUT_MODEL", help="the model folder to write")
     convert.add_argument(
-        "--channels", type=_names, metavar="A,B", help="input sequences in order (FLAIR,T1w for two channels)"
+        "--channels",
+        type=_names,
+        metavar="A,B",
+        help="input sequences in order (an nnU-Net's; FLAIR,T1w for two channels)",
     )
     convert.add_argument(
-        "--window", type=_window, metavar="X,Y,Z", help="sides of the sliding window in voxels (96,96,96)"
+        "--window",
+        type=_window,
+        metavar="X,Y,Z",
+        help="sides of the sliding window in voxels (an nnU-Net's plan; else needed)",
     )
     convert.add_argument(
-        "--strides", type=_strides, metavar="2,2,…", help="of the levels, which a checkpoint does not tell (2 for each)"
+        "--strides",
+        type=_strides,
+        metavar="2,2,…",
+        help="of the levels, where keys do not tell; 1x2x2 for one per axis (2 each for a UNet, 1 first for a DynUNet)",
+    )
+    convert.add_argument("--norm", help="where keys do not tell: instance, none, instance_affine or group:N")
+    convert.add_argument("--activation", help="where keys do not tell: leakyrelu, relu, gelu or swish")
+    convert.add_argument(
+        "--patch-merging",
+        choices=("legacy", "merging", "mergingv2"),
+        help="of a SwinUNETR, which keys do not tell (its error message explains the three)",
+    )
+    convert.add_argument(
+        "--fold", dest="folds", type=_names, metavar="0,1", help="of an nnU-Net (all there are, averaged)"
+    )
+    convert.add_argument("--checkpoint", choices=("final", "best"), help="of an nnU-Net (final)")
+    convert.add_argument(
+        "--any-trainer", action="store_true", default=None, help="take an nnU-Net trainer that xaiseg does not know"
+    )
+    convert.add_argument(
+        "--no-mirroring",
+        dest="mirroring",
+        action="store_false",
+        default=None,
+        help="one pass of an nnU-Net instead of the mean over its mirrorings",
     )
     convert.add_argument("--overlap", type=_fraction, help="overlap of windows, from 0 to below 1 (0.25)")
-    convert.add_argument("--threshold", type=_probability, help="on the lesion probability (0.3)")
+    convert.add_argument(
+        "--threshold",
+        type=_probability,
+        help="on the lesion probability (0.3 for a UNet, 0.4 for DynUNet and SwinUNETR; an nnU-Net: most probable class)",
+    )
     convert.add_argument("--connectivity", type=int, choices=(6, 18, 26), help="of the instances (18)")
     convert.add_argument(
         "--orientation",
@@ -122,6 +175,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     convert.add_argument("--target-class", type=int, help="index of the lesion class in the logits (1)")
     _overwrite(convert)
+
+    inspect = _command(
+        commands, "inspect", _inspect, "print a model's network, taps, receptive field, compute and memory"
+    )
+    inspect.add_argument("model", type=Path, metavar="MODEL", help="a model folder")
 
     segment = _command(commands, "segment", _segment, "segment the lesions of every case")
     _cohort(segment)
@@ -209,14 +267,18 @@ _names = _checked(lambda t: tuple(p.strip() for p in t.split(",")), all, "names 
 _numbers = _checked(
     lambda t: tuple(int(p) for p in t.split(",")), lambda v: all(n > 0 for n in v), "labels separated by commas"
 )
-_strides = _checked(lambda t: [int(p) for p in t.split(",")], lambda v: min(v) > 0, "positive integers, one per level")
+_strides = _checked(
+    lambda t: [_stride(p) for p in t.split(",")],
+    lambda v: all(min(s) > 0 if isinstance(s, tuple) else s > 0 for s in v),
+    "positive integers, one per level, or one per axis as in 1x2x2",
+)
 _window = _checked(
     lambda t: [int(p) for p in t.split(",")], lambda v: len(v) == 3 and min(v) > 0, "three positive integers X,Y,Z"
 )
 
 
-def _joined(values: Sequence[int]) -> str:
-    return ", ".join(map(str, values))
+def _stride(text: str) -> int | tuple[int, ...]:
+    return tuple(map(int, text.split("x"))) if "x" in text else int(text)
 
 
 def _bytes(text: str) -> int:

@@ -50,7 +50,7 @@ def edit(saved, **changes):
 
 
 def test_conversion_takes_the_papers_settings():
-    spec = convert(SOURCE).spec
+    spec = convert(SOURCE, window=(96, 96, 96)).spec
     assert spec.channels == ("FLAIR", "T1w")
     assert (spec.window, spec.overlap, spec.blending) == ((96, 96, 96), 0.25, "gaussian")
     assert (spec.threshold, spec.connectivity, spec.target_class) == (0.3, 18, 1)
@@ -71,13 +71,15 @@ def test_conversion_takes_the_papers_settings():
         ("unet_batch", {"connectivity": 8}, "6, 18 or 26"),
         ("unet_batch", {"target_class": 2}, "target_class is 2"),
         ("unet_batch", {"speed": 2}, "unknown field 'speed'"),
-        ("unet_2d", {}, "3 classes; name the lesion's"),
-        ("unet_2d", {"target_class": 1}, "a 2-D network"),
+        ("unet_batch", {"window": None}, "does not tell the size of its window; .* --window X,Y,Z"),
+        ("unet_2d", {}, r"3 classes \(0, 1, 2\); name the lesion's"),
+        ("unet_2d", {"target_class": 1}, "a 2-D network needs a window with one side of 1"),
+        ("unet_2d", {"target_class": 1, "window": None}, "--window X,Y,1"),
     ],
 )
 def test_conversion_refuses_what_does_not_fit(name, settings, message):
     with pytest.raises(InputError, match=message):
-        convert(FIXTURES / f"{name}.pth", **settings)
+        convert(FIXTURES / f"{name}.pth", **{"window": (16, 16, 16), **settings})
 
 
 def test_what_is_saved_is_loaded(model, pristine):

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import struct
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from xaiseg.checkpoints import convert, read_state_dict
+from xaiseg.checkpoints.torch_file import read_checkpoint
 from xaiseg.errors import InputError
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
@@ -28,14 +30,14 @@ class Stored:
 
 
 class Call:
-    """A pickle that calls `module.name(*args)` when it is loaded."""
+    """A pickle that calls `module.name(*args)` when it is loaded, and then sets the result's `state`."""
 
-    def __init__(self, module, name, *args):
-        self.module, self.name, self.args = module, name, args
+    def __init__(self, module, name, *args, state=None):
+        self.module, self.name, self.args, self.state = module, name, args, state
 
 
 def protocol2(value, storages):
-    """Pickle opcodes for nested dicts, strings, integers, tuples, `Stored` and `Call`."""
+    """Pickle opcodes for nested dicts, lists, tuples, strings, numbers, None, `Stored` and `Call`."""
 
     def text(s):
         raw = s.encode()
@@ -50,14 +52,21 @@ def protocol2(value, storages):
             return b"}(" + items + b"u"
         case str():
             return text(value)
+        case None:
+            return b"N"
         case bool():
             return b"\x88" if value else b"\x89"
+        case float():
+            return b"G" + struct.pack(">d", value)
+        case list():
+            return b"](" + b"".join(protocol2(v, storages) for v in value) + b"e"
         case int():
             return f"I{value}\n".encode()
         case tuple():
             return b"(" + b"".join(protocol2(v, storages) for v in value) + b"t"
         case Call():
-            return name(value.module, value.name) + protocol2(value.args, storages) + b"R"
+            state = b"" if value.state is None else protocol2(value.state, storages) + b"b"
+            return name(value.module, value.name) + protocol2(value.args, storages) + b"R" + state
         case Stored():
             key = str(len(storages))
             storages[key] = value.array.tobytes()
@@ -158,6 +167,87 @@ def test_names_that_collide_once_stripped_are_refused(tmp_path, array):
 
 
 @pytest.mark.parametrize(
+    ("names", "one", "other"),
+    [
+        (("module.a", "b"), "module.a", "b"),
+        (("a", "_orig_mod.b", "_orig_mod.c"), "a", "_orig_mod.b"),
+        (("module.a", "module._orig_mod.b"), "module.a", "module._orig_mod.b"),
+    ],
+)
+def test_mixed_prefixes_are_refused(tmp_path, array, names, one, other):
+    path = write(tmp_path / "a.pth", {name: Stored(array) for name in names})
+    assert f"mixed prefixes, {one!r} beside {other!r}" in message(path)
+
+
+def dtype(code, order="<"):
+    """As NumPy pickles a dtype."""
+    return Call("numpy", "dtype", code, False, True, state=(3, order, None, None, None, -1, -1, 0))
+
+
+def scalar(value, module="numpy._core.multiarray"):
+    """As NumPy pickles a scalar in PyTorch's protocol, which has no bytes."""
+    raw = Call("_codecs", "encode", value.tobytes().decode("latin1"), "latin1")
+    return Call(module, "scalar", dtype(value.dtype.str[1:], value.dtype.str[0]), raw)
+
+
+def test_all_of_a_checkpoint_as_plain_data(tmp_path, array):
+    content = {
+        "loss": [scalar(np.float32(0.1)), scalar(np.float64(-1e300)), 0.25],
+        "old": scalar(np.float64(np.pi), "numpy.core.multiarray"),
+        "epoch": scalar(np.int64(-3)),
+        "best": scalar(np.bool_(True)),
+        "axes": (0, 1),
+        "nothing": None,
+        "device": Call("torch", "device", "cuda", 0),
+        "cpu": Call("torch", "device", "cpu"),
+        "weights": {"a": Stored(array)},
+    }
+    read = read_checkpoint(write(tmp_path / "a.pth", content))
+    np.testing.assert_array_equal(read.pop("weights")["a"], array)
+    assert read == {
+        "loss": [float(np.float32(0.1)), -1e300, 0.25],
+        "old": np.pi,
+        "epoch": -3,
+        "best": True,
+        "axes": (0, 1),
+        "nothing": None,
+        "device": "cuda:0",
+        "cpu": "cpu",
+    }
+    assert {type(v) for v in read["loss"]} == {float}
+    assert type(read["epoch"]) is int
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        Call("numpy", "dtype", "O8", False, True),
+        Call("numpy", "dtype", "V8", False, True),
+        Call("numpy", "dtype", "M8[ns]", False, True),
+        scalar(np.dtype(">f8").type(1).astype(">f8")),
+        dtype("f8", ">"),
+        Call("numpy._core.multiarray", "scalar", dtype("f8"), Call("_codecs", "encode", "four", "latin1")),
+        Call("numpy._core.multiarray", "scalar", dtype("f8"), "12345678"),
+        Call("numpy._core.multiarray", "scalar", "O", Call("_codecs", "encode", "12345678", "latin1")),
+        Call("_codecs", "encode", "abc", "rot13"),
+        Call("_codecs", "encode", "abc", "zip"),
+    ],
+)
+def test_scalars_of_anything_but_numbers_are_refused(tmp_path, value):
+    path = write(tmp_path / "a.pth", {"value": value})
+    with pytest.raises(InputError, match="damaged checkpoint"):
+        read_checkpoint(path)
+
+
+def test_attributes_set_by_a_pickle_are_dropped(tmp_path, array):
+    """PyTorch sets `_metadata` on a state dict; an attribute `items` would hide the method."""
+    state = Call("collections", "OrderedDict", state={"_metadata": {"": {"version": 1}}, "items": "x"})
+    read = read_checkpoint(write(tmp_path / "a.pth", {"weights": state}))["weights"]
+    assert list(read.items()) == []
+    assert vars(read) == {}
+
+
+@pytest.mark.parametrize(
     "call",
     [
         ("posix", "system"),
@@ -168,6 +258,10 @@ def test_names_that_collide_once_stripped_are_refused(tmp_path, array):
         ("torch", "load"),
         ("collections", "namedtuple"),
         ("numpy", "load"),
+        ("numpy", "ndarray"),
+        ("numpy.core.multiarray", "_reconstruct"),
+        ("_codecs", "decode"),
+        ("pathlib", "PosixPath"),
     ],
 )
 def test_a_pickle_that_asks_for_code_is_refused_unrun(tmp_path, array, call):

@@ -19,7 +19,7 @@ def test_dice_of_a_real_scan(shared: Path, tmp_path: Path, named_by: str) -> Non
         cells = ["sub-26", *(str(anat / f"sub-26_space-MNI_{c}.nii.gz") for c in ("FLAIR", "T1w")), str(mask)]
         source = tmp_path / "scans.tsv"
         source.write_text("case\tFLAIR\tT1w\treference\n" + "\t".join(cells) + "\n")
-    model = convert(shared / "models" / "monai_unet_ms.pth")
+    model = convert(shared / "models" / "monai_unet_ms.pth", window=(96, 96, 96))
     (row,) = segment(model, Request(source, tmp_path / "out", cases=("sub-26",)))
     # shared/models/README.md: Dice 0.83, nDSC 0.82, 21 lesions of which 12 are true, to the digits given there
     assert row["dice"] == pytest.approx(0.83, abs=0.005)

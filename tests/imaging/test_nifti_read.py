@@ -193,7 +193,12 @@ def test_no_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ("raw", "part"),
     [
         (raw_nifti(values=np.zeros((4, 4, 4, 2))), "4-D, shape (4, 4, 4, 2)"),
-        (raw_nifti(values=np.zeros((4, 4))), "2-D, shape (4, 4)"),
+        (raw_nifti(values=np.zeros(4)), "1-D, shape (4,)"),
+        (raw_nifti(dim=[2, 5, 0, 7, 1, 1, 1, 1]), "shape (5, 0, 1)"),
+        (raw_nifti(values=np.zeros((4, 4, 1)), srow_x=[1, 1, 1, 0], srow_y=[0] * 4, srow_z=[0] * 4), "degenerate"),
+        (raw_nifti(values=np.zeros((4, 4)), srow_x=[1, 2, 0, 0], srow_y=[0] * 4, srow_z=[0] * 4), "degenerate"),
+        (raw_nifti(values=np.zeros((4, 4)), srow_x=[1, 0, np.nan, 0]), "finite lengths"),
+        (raw_nifti(srow_x=[-1, 0, 0, 0], srow_y=[0, 1, 0, 0], srow_z=[0] * 4), "degenerate"),
         (raw_nifti(dim=[3, 5, 0, 7, 1, 1, 1, 1]), "shape (5, 0, 7)"),
         (raw_nifti("complex64"), "complex64"),
         (raw_nifti("uint8", datatype=128, bitpix=24), "RGB"),
@@ -283,3 +288,60 @@ def test_real_scans_against_nibabel(shared: Path, tmp_path: Path) -> None:
         copy.chmod(0o644)
         copy.write_bytes(copy.read_bytes()[:-100_000])
         refused(copy, "truncated")
+
+
+def slice_of(affine: np.ndarray, shape: tuple[int, ...], **fields: object) -> bytes:
+    return raw_nifti(values=np.arange(30).reshape(shape), affine=affine, **fields)
+
+
+@pytest.mark.parametrize("image", [nib.Nifti1Image, nib.Nifti2Image])
+@pytest.mark.parametrize("shape", [(5, 6), (5, 6, 1), (5, 6, 1, 1)])
+def test_one_slice_is_a_volume_of_one(tmp_path: Path, shape: tuple[int, ...], image: type) -> None:
+    path = save(tmp_path / "a.nii.gz", slice_of(AFFINE, shape, image=image))
+    volume, grid, header = nifti.read(path)
+    np.testing.assert_array_equal(volume, np.arange(30).reshape(5, 6, 1))
+    assert grid.shape == nifti.check_header(path).shape == (5, 6, 1)
+    np.testing.assert_array_equal(grid.affine, AFFINE)
+    np.testing.assert_array_equal(nifti.read_labels(path, grid), volume)
+    nifti.write(tmp_path / "b.nii.gz", volume, grid.affine, header)
+    again, same, _ = nifti.read(tmp_path / "b.nii.gz")
+    np.testing.assert_array_equal(again, volume)
+    np.testing.assert_array_equal(same.affine, AFFINE)
+    assert nib.load(tmp_path / "b.nii.gz").shape == (5, 6, 1)
+
+
+@pytest.mark.parametrize(
+    ("columns", "axis"),
+    [
+        (((-1, 0, 0), (0, 1.5, 0)), (0, 0, 1)),  # axial: the normal to S, though LAS axes are left-handed
+        (((1, 0, 0), (0, 1.5, 0)), (0, 0, 1)),
+        (((0, -1, 0), (0, 0, 1.5)), (1, 0, 0)),  # sagittal: to R
+        (((-1, 0, 0), (0, 0, 1.5)), (0, 1, 0)),  # coronal: to A
+        (((0.8, 0.6, 0), (0, 0, 2)), (-0.6, 0.8, 0)),  # oblique: mostly to A
+    ],
+)
+@pytest.mark.parametrize(("thickness", "length"), [(0, 1), (np.nan, 1), (3, 3), (-3, 3)])
+@pytest.mark.parametrize("shape", [(5, 6), (5, 6, 1)])
+def test_a_slice_without_a_third_axis_gets_the_normal(
+    tmp_path: Path,
+    columns: tuple[tuple[float, ...], ...],
+    axis: tuple[float, ...],
+    thickness: float,
+    length: float,
+    shape: tuple[int, ...],
+) -> None:
+    rows = {f"srow_{a}": [columns[0][i], columns[1][i], 0, 10 + i] for i, a in enumerate("xyz")}
+    path = save(tmp_path / "a.nii", slice_of(AFFINE, shape, pixdim=[1, 1, 1.5, thickness, 1, 1, 1, 1], **rows))
+    volume, grid, header = nifti.read(path)
+    expected = np.column_stack([*columns, np.multiply(axis, length), (10, 11, 12)])
+    np.testing.assert_allclose(grid.affine[:3], expected, rtol=0, atol=1e-6)  # stored as float32
+    nifti.write(tmp_path / "b.nii", volume, grid.affine, header)
+    assert nifti.check_header(tmp_path / "b.nii").axis_codes == grid.axis_codes
+
+
+@pytest.mark.parametrize("thickness", [0, np.nan, np.inf])
+@pytest.mark.parametrize("qform_code", [0, 1])
+def test_a_slice_placed_by_its_voxel_sizes(tmp_path: Path, thickness: float, qform_code: int) -> None:
+    pixdim = [1, 2, 3, thickness, 1, 1, 1, 1]
+    raw = slice_of(np.diag([2.0, 3, 1, 1]), (5, 6), sform_code=0, qform_code=qform_code, pixdim=pixdim)
+    np.testing.assert_allclose(nifti.check_header(save(tmp_path / "a.nii", raw)).spacing, (2, 3, 1), rtol=1e-6)

@@ -1,4 +1,4 @@
-"""The U-Net against MONAI's (stored logits), its normalisation layers against numpy, its taps against finite differences."""
+"""The U-Net against MONAI's (stored logits, gradients), its norms against numpy, its taps against finite differences."""
 
 from pathlib import Path
 
@@ -8,23 +8,52 @@ import numpy as np
 import pytest
 
 from xaiseg.checkpoints import monai_unet, read_state_dict
+from xaiseg.checkpoints.mapping import Given
 from xaiseg.models import Model, ModelSpec, UNet, build_network, expected_variables
 from xaiseg.models.layers import BatchNorm, InstanceNorm
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 
 
+# What the keys do not tell
+GIVEN = {
+    "unet_residual1_batch": Given(),
+    "unet_residual2_batch": Given(),
+    "unet_residual2_instance": Given(norm="instance"),
+    "unet_residual1_group_relu_nobias": Given(norm="group:2", activation="relu"),
+    "unet_residual2_2d": Given(),
+    "unet_group_swish": Given(norm="group:2", activation="swish"),
+    "unet_none_gelu_nobias": Given(strides=(1, 2), norm="none", activation="gelu"),
+    "unet_batch_leakyrelu": Given(activation="leakyrelu"),
+}
+
+
 def load(name):
-    options, _, variables = monai_unet.read(read_state_dict(FIXTURES / f"{name}.pth"), name)
-    stored = np.load(FIXTURES / f"{name}.npz")
-    return UNet(**options), variables, jnp.asarray(stored["x"][None], jnp.float32), stored["y"][None]
+    reading = monai_unet.read(read_state_dict(FIXTURES / f"{name}.pth"), name, GIVEN.get(name, Given()))
+    stored = {k: v[None].astype(np.float32) for k, v in np.load(FIXTURES / f"{name}.npz").items()}
+    return UNet(**reading.options), reading.variables, jnp.asarray(stored["x"]), stored
 
 
 @pytest.mark.parametrize("name", ["unet_batch", "unet_instance_affine", "unet_instance", "unet_2d"])
 def test_logits_are_monais(name):
-    network, variables, x, expected = load(name)
+    network, variables, x, stored = load(name)
     # float32 against MONAI in float64, logits of order one: the project's bound is 1e-4, rounding stays below 1e-5
-    np.testing.assert_allclose(network.apply(variables, x)[0], expected, atol=1e-5)
+    np.testing.assert_allclose(jax.jit(network.apply)(variables, x)[0], stored["y"], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", GIVEN)
+def test_logits_and_input_gradient_of_each_variant_are_monais(name):
+    network, variables, x, stored = load(name)
+
+    @jax.jit
+    def both(x, cotangent):
+        logits, pull = jax.vjp(lambda x: network.apply(variables, x)[0], x)
+        return logits, pull(cotangent)[0]
+
+    logits, gradient = both(x, stored["cotangent"])
+    # float32 against MONAI in float64; both are sums of a few thousand products, each rounded to 6e-8 of itself
+    np.testing.assert_allclose(logits, stored["y"], atol=1e-5 * np.abs(stored["y"]).max())
+    np.testing.assert_allclose(gradient, stored["gradient"], atol=1e-5 * np.abs(stored["gradient"]).max())
 
 
 def test_the_papers_network_has_its_parameter_count():
@@ -32,8 +61,9 @@ def test_the_papers_network_has_its_parameter_count():
     assert sum(leaf.size for leaf in jax.tree.leaves(expected_variables(spec)["params"])) == 7_916_170
 
 
-def test_initial_variables_have_the_layout_of_converted_ones():
-    network, variables, x, _ = load("unet_batch")
+@pytest.mark.parametrize("name", ["unet_batch", *GIVEN])
+def test_initial_variables_have_the_layout_of_converted_ones(name):
+    network, variables, x, _ = load(name)
     initial = jax.eval_shape(network.init, jax.random.key(0), x)
     assert jax.tree.map(lambda a: (a.shape, a.dtype), initial) == jax.tree.map(lambda a: (a.shape, a.dtype), variables)
 
@@ -42,16 +72,50 @@ def test_taps_are_named_in_order_and_end_in_the_logits():
     network, variables, x, _ = load("unet_batch")
     logits, taps = network.apply(variables, x)
     levels = ["encoder0", "encoder1", "bottleneck", "decoder1"]
-    assert list(taps) == [name for level in levels for name in (f"{level}.conv", level)] + ["decoder0.conv"]
+    assert list(taps) == [name for level in levels for name in (f"{level}.conv", level)] + [
+        "decoder0.conv",
+        "logits",
+    ]
     np.testing.assert_array_equal(taps["decoder0.conv"], logits)
+    np.testing.assert_array_equal(taps["logits"], logits)
     spec = ModelSpec("unet", {"channels": (4, 8, 16), "strides": (2, 2)}, ("FLAIR", "T1w"), (12, 8, 16))
     assert list(Model(spec, variables).taps().items()) == [(name, tap.shape[1:]) for name, tap in taps.items()]
     assert taps["decoder1.conv"].shape == (1, 6, 4, 8, 4)
 
 
-@pytest.mark.parametrize("name", ["encoder0.conv", "decoder1"])
-def test_derivative_by_an_offset_is_the_finite_difference(name):
-    network, variables, x, _ = load("unet_batch")
+def test_taps_of_residual_units():
+    network, variables, x, _ = load("unet_residual2_batch")
+    order = []
+
+    @jax.jit
+    def tapped(variables, x):
+        logits, taps = network.apply(variables, x)
+        order.extend(taps)
+        return logits, taps
+
+    logits, taps = tapped(variables, x)
+    assert order == [
+        *(f"{level}{tap}" for level in ("encoder0", "encoder1", "bottleneck") for tap in (".unit0.conv", ".unit1.conv", "")),
+        *(f"{level}{tap}" for level in ("decoder1", "decoder0") for tap in (".conv", ".unit0.conv", "")),
+        "logits",
+    ]  # fmt: skip
+    np.testing.assert_array_equal(taps["logits"], logits)
+    np.testing.assert_array_equal(taps["decoder0"], logits)
+    # the shortcut of the top's way up adds what the transposed convolution gave, normalised and activated
+    assert not np.allclose(taps["decoder0.unit0.conv"], logits)
+
+
+OFFSETS = [
+    ("unet_batch", "encoder0.conv"),
+    ("unet_batch", "decoder1"),
+    ("unet_residual2_batch", "encoder0.unit0.conv"),
+    ("unet_residual2_batch", "decoder0.conv"),
+]
+
+
+@pytest.mark.parametrize(("fixture", "name"), OFFSETS)
+def test_derivative_by_an_offset_is_the_finite_difference(fixture, name):
+    network, variables, x, _ = load(fixture)
     with jax.enable_x64(True):
         variables = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), variables)
         x = jnp.asarray(np.asarray(x, np.float64))
@@ -61,7 +125,7 @@ def test_derivative_by_an_offset_is_the_finite_difference(name):
         def score(offset):
             return jnp.sum(jnp.tanh(network.apply(variables, x, {name: offset})[0]))
 
-        shape = network.apply(variables, x)[1][name].shape
+        shape = jax.eval_shape(network.apply, variables, x)[1][name].shape
         direction = jnp.asarray(rng.standard_normal(shape))
         slope = jnp.vdot(jax.grad(score)(jnp.zeros(shape)), direction)
         step = 1e-6
@@ -84,11 +148,23 @@ def test_unknown_options_are_refused():
         ({"channels": (4, 8), "strides": (2,), "norm": "group"}, (8, 8, 8), "norm is 'group'; known are batch"),
         ({"channels": (4, 8, 8), "strides": (2, 2)}, (8, 6, 8), r"each side must be a multiple of \[4, 4, 4\]"),
         ({"channels": (4, 8), "strides": ((1, 2, 2),)}, (3, 5, 8), r"a multiple of \[1, 2, 2\]"),
+        ({"channels": (4,), "strides": ()}, (8, 8, 8), "at least two levels"),
+        ({"channels": (4, 8), "strides": (2,), "residual_units": -1}, (8, 8, 8), "residual_units is -1, expected 0 or"),
+        (
+            {"channels": (4, 8), "strides": (2,), "activation": "tanh"},
+            (8, 8, 8),
+            "activation is 'tanh'; known are prelu",
+        ),
+        (
+            {"channels": (4, 6), "strides": (2,), "norm": "group:4"},
+            (8, 8, 8),
+            "6 features cannot be split into 4 groups",
+        ),
     ],
 )
 def test_a_network_that_cannot_be_is_refused(options, grid, message):
     with pytest.raises(ValueError, match=message):
-        UNet(**options).init(jax.random.key(0), jnp.zeros((1, *grid, 2)))
+        jax.eval_shape(UNet(**options).init, jax.random.key(0), jnp.zeros((1, *grid, 2)))
 
 
 def test_anisotropic_strides_and_kernels_keep_the_grid():
@@ -173,8 +249,18 @@ def test_a_tile_is_that_part_of_the_logits_and_of_their_gradient(options, grid):
 
 @pytest.mark.parametrize(
     "options",
-    [{"norm": "instance"}, {"norm": "instance_affine"}, {"up_kernel_size": 5}, {"strides": (2, 2, 2, 1)}],
+    [
+        {"norm": "instance"},
+        {"norm": "instance_affine"},
+        {"norm": "group:2"},
+        {"up_kernel_size": 5},
+        {"strides": (2, 2, 2, 1)},
+        {"residual_units": 2},
+    ],
 )
 def test_a_network_without_a_local_decoder_says_so(options):
     assert UNet().has_local_decoder
-    assert not UNet(**options).has_local_decoder
+    network, start = UNet(**options), jnp.zeros(3, jnp.int32)
+    assert not network.has_local_decoder
+    with pytest.raises(ValueError, match="no logits of a tile alone"):
+        network.init(jax.random.key(0), jnp.zeros((1, 16, 16, 16, 2)), tile=(start, (16, 16, 16)))

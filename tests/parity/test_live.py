@@ -64,7 +64,7 @@ def net():
 def model(net, tmp_path_factory):
     path = tmp_path_factory.mktemp("parity") / "net.pth"
     torch.save(net.state_dict(), path)
-    return convert(path)
+    return convert(path, window=WINDOW)
 
 
 def volume(shape, seed=0):
@@ -178,5 +178,5 @@ def test_the_trained_checkpoint(shared):
     x = volume(WINDOW)
     with torch.no_grad():
         expected = channels_last(net.eval()(to_torch(x)))
-    found = jax.jit(lambda f, x: f(x))(convert(path).logits_fn, x[None])[0]
+    found = jax.jit(lambda f, x: f(x))(convert(path, window=WINDOW).logits_fn, x[None])[0]
     np.testing.assert_allclose(found, expected, atol=1e-4)

@@ -1,4 +1,4 @@
-"""A PyTorch checkpoint becomes a `Model`."""
+"""A PyTorch checkpoint, or an nnU-Net result folder, becomes a `Model`."""
 
 import hashlib
 from collections.abc import Sequence
@@ -8,53 +8,178 @@ from typing import Any
 import jax
 import numpy as np
 
-from xaiseg.checkpoints import monai_unet
+from xaiseg.checkpoints import monai_dynunet, monai_swin_unetr, monai_unet, nnunet
 from xaiseg.checkpoints.folder import spec_from_dict
+from xaiseg.checkpoints.mapping import Given, Reading, State, as_float32
 from xaiseg.checkpoints.torch_file import read_state_dict
 from xaiseg.errors import InputError
 from xaiseg.models import Model
 
+_READERS = {"MONAI UNet": monai_unet, "MONAI DynUNet": monai_dynunet, "MONAI SwinUNETR": monai_swin_unetr}
 _TWO_CHANNELS = ("FLAIR", "T1w")
+# Thresholds of the paper; the last two were tuned to 0.4.
+_THRESHOLDS = {"unet": 0.3, "dynunet": 0.4, "swin_unetr": 0.4}
 
 
 def convert(
-    source: str | Path, channels: Sequence[str] | None = None, strides: Sequence[int] | None = None, **settings: Any
+    source: str | Path,
+    channels: Sequence[str] | None = None,
+    window: Sequence[int] | None = None,
+    *,
+    strides: Sequence[int | Sequence[int]] | None = None,
+    norm: str | None = None,
+    activation: str | None = None,
+    patch_merging: str | None = None,
+    folds: Sequence[str] | None = None,
+    checkpoint: str = "final",
+    any_trainer: bool = False,
+    mirroring: bool = True,
+    **settings: Any,
 ) -> Model:
-    """Read a trained checkpoint. `settings` are fields of `ModelSpec` (`window`, `overlap`, `threshold`, …).
+    """Read a trained checkpoint. The architecture is recognised from the keys, or from an nnU-Net folder's plans.
 
-    The architecture is recognised from the keys. `channels` names the input sequences in order and defaults to FLAIR, T1w for a
-    two-channel network; for any other number it must be given. `strides` of the levels default to 2: a checkpoint does not tell
-    them. Raises InputError for anything that does not fit.
+    channels: input sequences in order; by default those of an nnU-Net's `dataset.json`, else FLAIR, T1w for two channels.
+    window: sides of the sliding window in voxels, which only an nnU-Net's plans tell; one side is 1 for a 2-D network.
+    strides, norm, activation, patch_merging: what keys do not tell, see `mapping.Given`; needed or assumed as the reader says.
+    folds, checkpoint: of an nnU-Net: which folds (all), `final` or `best`. any_trainer: take a trainer that is not known to leave
+      the network as planned. mirroring: average over the mirrorings that it was trained with.
+    settings: other fields of `ModelSpec` (`overlap`, `threshold`, …).
+
+    What was assumed is in `spec.notes["assumed"]`. Raises InputError for anything that does not fit or is needed.
     """
     source = Path(source)
+    if nnunet.recognise(source):
+        given = {"strides": strides, "norm": norm, "activation": activation, "patch_merging": patch_merging}
+        if useless := [name for name, value in given.items() if value is not None]:
+            option = useless[0].replace("_", "-")
+            raise InputError(f"{source}: an nnU-Net, whose plans tell its network; leave out --{option}")
+        return _from_nnunet(source, channels, window, folds, checkpoint, any_trainer, mirroring, settings)
+    if folds is not None or checkpoint != "final" or any_trainer or not mirroring:
+        raise InputError(
+            f"{source}: not an nnU-Net result folder (plans.json, dataset.json, fold_*), which --fold, --checkpoint, "
+            "--any-trainer and --no-mirroring are for; give that folder, or leave them out"
+        )
+    return _from_state_dict(source, channels, window, Given(_tuple(strides), norm, activation, patch_merging), settings)
+
+
+def _from_state_dict(
+    source: Path, channels: Sequence[str] | None, window: Sequence[int] | None, given: Given, settings: dict[str, Any]
+) -> Model:
     state = read_state_dict(source)
-    if not monai_unet.recognise(state):
-        some = ", ".join(list(state)[:3])
-        raise InputError(f"{source}: not a MONAI UNet, which is what can be converted; its first keys are {some}")
-    options, c_in, variables = monai_unet.read(state, str(source), strides)
-    if bad := [k for k, v in state.items() if not np.isfinite(monai_unet.as_float32(v)).all()]:
+    reading = _read(state, source, given)
+    if bad := [k for k, v in state.items() if not np.isfinite(as_float32(v)).all()]:
         raise InputError(f"{source}: {bad[0]} holds NaN or infinite values; the training that made it diverged")
     if channels is None:
-        if c_in != len(_TWO_CHANNELS):
-            raise InputError(f"{source}: the network has {c_in} input channels; name them in order with --channels")
+        if reading.c_in != len(_TWO_CHANNELS):
+            raise InputError(
+                f"{source}: the network has {reading.c_in} input channels; name them in order with --channels"
+            )
         channels = _TWO_CHANNELS
-    if len(channels) != c_in:
-        raise InputError(f"{source}: the network has {c_in} input channels, --channels names {len(channels)}")
-    if options["out_channels"] > 2 and "target_class" not in settings:
+    _check_channels(source, channels, reading.c_in)
+    _check_target(source, [str(i) for i in range(reading.c_out)], settings)
+    if window is None:
+        sides = "X,Y,1 (a 2-D network)" if reading.options.get("ndim") == 2 else "X,Y,Z (96,96,96 in the paper)"
         raise InputError(
-            f"{source}: the network has {options['out_channels']} classes; name the lesion's with --target-class (0 is the first)"
+            f"{source}: a checkpoint does not tell the size of its window; give that of its training, --window {sides}"
         )
-    if options["ndim"] != 3:
-        raise InputError(f"{source}: a {options['ndim']}-D network; only 3-D ones can be converted")
     description = {
-        "architecture": "unet",
-        "options": options,
+        "architecture": reading.architecture,
+        "options": reading.options,
         "channels": list(channels),
-        "window": [96, 96, 96],
-        "target_class": 1 if options["out_channels"] > 1 else 0,
-        "default_layer": "decoder1.conv" if len(options["channels"]) > 2 else "bottleneck.conv",
+        "window": list(window),
+        "threshold": _THRESHOLDS[reading.architecture],
+        "target_class": 1 if reading.c_out > 1 else 0,
+        "default_layer": reading.default_layer,
         "source": source.name,
         "source_sha256": hashlib.sha256(source.read_bytes()).hexdigest(),
+        "notes": {"assumed": list(reading.assumed)},
         **settings,
     }
+    return Model(spec_from_dict(description, str(source)), jax.tree.map(jax.numpy.asarray, reading.variables))
+
+
+def _read(state: State, source: Path, given: Given) -> Reading:
+    """The first reader that knows the keys, as they are or without what all of them begin with (a wrapper's attribute)."""
+    for candidate in (state, _without_common_prefix(state)):
+        for module in _READERS.values():
+            if module.recognise(candidate):
+                return module.read(candidate, str(source), given)
+    some = ", ".join(list(state)[:3])
+    if any(key.startswith(("encoder.stages.", "decoder.stages.")) for key in state):
+        raise InputError(
+            f"{source}: an nnU-Net checkpoint; give its result folder, with plans.json and dataset.json beside fold_*"
+        )
+    raise InputError(
+        f"{source}: not a network that can be converted ({', '.join(_READERS)}, nnU-Net); its first keys are {some}"
+    )
+
+
+def _without_common_prefix(state: State) -> State:
+    prefixes = {key.split(".", 1)[0] for key in state}
+    if len(prefixes) != 1 or any("." not in key for key in state):
+        return state
+    return {key.split(".", 1)[1]: tensor for key, tensor in state.items()}
+
+
+def _from_nnunet(
+    source: Path,
+    channels: Sequence[str] | None,
+    window: Sequence[int] | None,
+    folds: Sequence[str] | None,
+    checkpoint: str,
+    any_trainer: bool,
+    mirroring: bool,
+    settings: dict[str, Any],
+) -> Model:
+    reading = nnunet.read(source, folds, checkpoint, any_trainer)
+    channels = reading.channels if channels is None else channels
+    _check_channels(source, channels, len(reading.channels))
+    _check_target(source, reading.classes, settings)
+    if reading.target_class is not None:
+        settings = {"target_class": reading.target_class, **settings}
+    ensemble = len(reading.members) > 1
+    (first, *_) = reading.members.values()
+    description = {
+        "architecture": reading.architecture,
+        "options": reading.options,
+        "channels": list(channels),
+        "window": list(window or reading.window),
+        "overlap": 0.5,
+        "tiling": "nnunet",
+        "mirror_axes": list(reading.mirror_axes) if mirroring else [],
+        "members": list(reading.members) if ensemble else [],
+        "output_activation": "sigmoid" if reading.regions else "softmax",
+        "threshold": None,
+        "normalisation": "nnunet",
+        "preprocessing": reading.preprocessing,
+        "default_layer": reading.default_layer,
+        "source": source.resolve().name,
+        "source_sha256": _digest(reading.source_files),
+        "notes": {**reading.notes, "folds": list(reading.members), "classes": list(reading.classes)},
+        **settings,
+    }
+    variables = reading.members if ensemble else first
     return Model(spec_from_dict(description, str(source)), jax.tree.map(jax.numpy.asarray, variables))
+
+
+def _check_channels(source: Path, channels: Sequence[str], c_in: int) -> None:
+    if len(channels) != c_in:
+        raise InputError(f"{source}: the network has {c_in} input channels, --channels names {len(channels)}")
+
+
+def _check_target(source: Path, classes: Sequence[str], settings: dict[str, Any]) -> None:
+    if len(classes) > 2 and "target_class" not in settings:
+        named = ", ".join(f"{i} {name}" if name != str(i) else name for i, name in enumerate(classes))
+        raise InputError(
+            f"{source}: the network has {len(classes)} classes ({named}); name the lesion's with --target-class"
+        )
+
+
+def _digest(files: Sequence[Path]) -> str:
+    """One hash over several files, independent of where they lie."""
+    hashes = sorted(f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()}" for file in files)
+    return hashlib.sha256("\n".join(hashes).encode()).hexdigest()
+
+
+def _tuple(strides: Sequence[int | Sequence[int]] | None) -> Any:
+    return None if strides is None else tuple(tuple(s) if isinstance(s, Sequence) else s for s in strides)

@@ -14,7 +14,8 @@ import orbax.checkpoint as ocp
 
 from xaiseg._version import __version__
 from xaiseg.errors import InputError
-from xaiseg.models import NETWORKS, Model, ModelSpec, build_network, expected_variables
+from xaiseg.models import NETWORKS, Model, ModelSpec, expected_variables, outputs
+from xaiseg.models.spec import OUTPUT_ACTIVATIONS, BLENDINGS, NORMALISATIONS, TILINGS
 
 _FORMAT = 1
 
@@ -160,11 +161,32 @@ def spec_from_dict(content: dict[str, Any], source: str) -> ModelSpec:
             "three positive integers",
         ),
         (isinstance(spec.overlap, float | int) and 0 <= spec.overlap < 1, "overlap", "a number from 0 to below 1"),
-        (spec.blending in ("gaussian", "constant"), "blending", "gaussian or constant"),
-        (isinstance(spec.threshold, float | int) and 0 < spec.threshold < 1, "threshold", "a number between 0 and 1"),
+        (spec.blending in BLENDINGS, "blending", " or ".join(BLENDINGS)),
+        (spec.tiling in TILINGS, "tiling", " or ".join(TILINGS)),
+        (
+            isinstance(spec.mirror_axes, tuple)
+            and all(a in (0, 1, 2) for a in spec.mirror_axes)
+            and len(set(spec.mirror_axes)) == len(spec.mirror_axes),
+            "mirror_axes",
+            "different axes out of 0, 1, 2",
+        ),
+        (
+            isinstance(spec.members, tuple)
+            and all(isinstance(m, str) for m in spec.members)
+            and len(set(spec.members)) == len(spec.members),
+            "members",
+            "different names",
+        ),
+        (spec.output_activation in OUTPUT_ACTIVATIONS, "output_activation", " or ".join(OUTPUT_ACTIVATIONS)),
+        (
+            spec.threshold is None or (isinstance(spec.threshold, float | int) and 0 < spec.threshold < 1),
+            "threshold",
+            "a number between 0 and 1, or null for the most probable class",
+        ),
         (spec.connectivity in (6, 18, 26), "connectivity", "6, 18 or 26"),
         (isinstance(spec.min_voxels, int) and spec.min_voxels >= 1, "min_voxels", "a positive integer"),
-        (spec.normalisation == "zscore_nonzero", "normalisation", "zscore_nonzero"),
+        (spec.normalisation in NORMALISATIONS, "normalisation", " or ".join(NORMALISATIONS)),
+        (isinstance(spec.preprocessing, dict), "preprocessing", "an object"),
         (isinstance(spec.target_class, int) and spec.target_class >= 0, "target_class", "a class index, 0 or more"),
         (_is_orientation(spec.orientation), "orientation", "native, or axis codes such as RAS"),
     ]
@@ -172,7 +194,7 @@ def spec_from_dict(content: dict[str, Any], source: str) -> ModelSpec:
         if not holds:
             raise InputError(f"{source}: {name} is {getattr(spec, name)!r}, expected {expected}")
     try:
-        classes, taps = _outputs(spec)
+        classes, taps = outputs(spec)
     except (ValueError, TypeError, ZeroDivisionError) as error:
         raise InputError(f"{source}: not a network that can be built: {error}") from error
     if spec.target_class not in range(classes):
@@ -180,13 +202,6 @@ def spec_from_dict(content: dict[str, Any], source: str) -> ModelSpec:
     if spec.default_layer not in taps:
         raise InputError(f"{source}: default_layer is {spec.default_layer!r}, expected one of {', '.join(taps)}")
     return spec
-
-
-def _outputs(spec: ModelSpec) -> tuple[int, list[str]]:
-    """Classes and taps of a spec's network."""
-    x = jax.ShapeDtypeStruct((1, *spec.window, len(spec.channels)), np.float32)
-    (logits, taps), _ = jax.eval_shape(build_network(spec).init_with_output, jax.random.key(0), x)
-    return logits.shape[-1], list(taps)
 
 
 def _is_orientation(codes: Any) -> bool:

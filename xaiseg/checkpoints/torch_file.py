@@ -1,7 +1,8 @@
-"""Read tensors from a PyTorch `.pth` file without PyTorch and without running what a pickle asks for.
+"""Read a PyTorch `.pth` file without PyTorch and without running what a pickle asks for.
 
 A `.pth` is a zip archive: `*/data.pkl` describes tensors, `*/data/<key>` holds their bytes. The unpickler below can build
-dicts, lists, numbers, strings and tensors, nothing else: any other global in the stream is refused before it is looked up.
+dicts, lists, numbers, strings and tensors, nothing else: any other global in the stream is refused before it is looked up, and
+those it knows, such as NumPy's scalars, stand for functions of our own that build plain data.
 """
 
 import io
@@ -11,7 +12,7 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import ml_dtypes
 import numpy as np
@@ -30,6 +31,7 @@ _STORAGES = {
     "ByteStorage": np.uint8,
     "BoolStorage": np.bool_,
 }
+_SCALARS = ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1")
 # State dicts may be wrapped, as training scripts save them.
 _WRAPPERS = ("state_dict", "model_state_dict", "network_weights", "model", "net")
 _PREFIXES = ("module.", "_orig_mod.")
@@ -38,23 +40,48 @@ _PREFIXES = ("module.", "_orig_mod.")
 def read_state_dict(path: str | Path) -> dict[str, np.ndarray]:
     """The tensors of a checkpoint by name, prefixes `module.` and `_orig_mod.` stripped.
 
-    Raises InputError for a file that is missing, damaged, not a PyTorch zip archive, holds anything but plain data, or holds no
-    state dict.
+    Raises InputError for a file that is missing, damaged, not a PyTorch zip archive, holds anything but plain data, holds no state
+    dict, or one in which some names have a prefix and others have not.
     """
-    content = _load(Path(path))
+    content = read_checkpoint(path)
     for wrapper in _WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]
     if not isinstance(content, Mapping) or not any(isinstance(v, np.ndarray) for v in content.values()):
         raise InputError(f"{path}: holds no state dict (a mapping from names to tensors); save `model.state_dict()`")
+    return strip_prefixes({str(k): v for k, v in content.items() if isinstance(v, np.ndarray)}, str(path))
+
+
+def read_checkpoint(path: str | Path) -> Any:
+    """All that a checkpoint holds, as plain data: dicts, lists, tuples, numbers, strings, and tensors as NumPy arrays.
+
+    NumPy's scalars become Python's, devices become strings. Raises InputError for a file that is missing, damaged, not a PyTorch
+    zip archive, or holds anything else.
+    """
+    return _load(Path(path))
+
+
+def strip_prefixes(tensors: Mapping[str, np.ndarray], source: str) -> dict[str, np.ndarray]:
+    """Tensors by name without `module.` and `_orig_mod.`, which PyTorch's wrappers put in front.
+
+    Raises InputError where the prefixes of two names differ: a wrapper renames all tensors of a network.
+    """
     state: dict[str, np.ndarray] = {}
-    for name, value in content.items():
-        if not isinstance(value, np.ndarray):
-            continue
-        stripped = _strip(str(name))
+    first: dict[str, str] = {}
+    for name, tensor in tensors.items():
+        stripped = _strip(name)
         if stripped in state:
-            raise InputError(f"{path}: {stripped!r} occurs twice once prefixes are stripped; save one network per file")
-        state[stripped] = value
+            raise InputError(
+                f"{source}: {stripped!r} occurs twice once prefixes are stripped; save one network per file"
+            )
+        state[stripped] = tensor
+        first.setdefault(name.removesuffix(stripped), name)
+    if len(first) > 1:
+        one, other = list(first.values())[:2]
+        raise InputError(
+            f"{source}: mixed prefixes, {one!r} beside {other!r}: tensors of two networks, or a file put together by hand; "
+            "save the state dict of the one network again"
+        )
     return state
 
 
@@ -109,6 +136,11 @@ class _TensorUnpickler(pickle._Unpickler):
             ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
             ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
             ("torch", "Size"): tuple,
+            ("torch", "device"): _device,
+            ("numpy", "dtype"): _Dtype,
+            ("numpy.core.multiarray", "scalar"): _scalar,
+            ("numpy._core.multiarray", "scalar"): _scalar,
+            ("_codecs", "encode"): _encode,
         }
         if (module, name) in allowed:
             return allowed[module, name]
@@ -118,6 +150,17 @@ class _TensorUnpickler(pickle._Unpickler):
             f"{self._path}: refused, its pickle asks for {module}.{name}, which is not a tensor or plain data; "
             "load it in PyTorch, if you trust it, and save only its state dict"
         )
+
+    def load_build(self) -> None:
+        """State that objects are given after they were built: of ours only NumPy's dtypes need it, the rest is dropped.
+
+        PyTorch hangs `_metadata` on a state dict; an attribute of a stranger's choice could stand in for a method of the dict's.
+        """
+        state = self.stack.pop()  # type: ignore[attr-defined]
+        if isinstance(self.stack[-1], _Dtype):  # type: ignore[attr-defined]
+            self.stack[-1].set_state(state)  # type: ignore[attr-defined]
+
+    dispatch: ClassVar[dict[int, Any]] = {**pickle._Unpickler.dispatch, pickle.BUILD[0]: load_build}
 
     def persistent_load(self, pid: Any) -> np.ndarray:
         kind, storage, key, _, count = pid
@@ -143,3 +186,33 @@ def _rebuild_tensor(storage: np.ndarray, offset: int, size: tuple, stride: tuple
 
 def _rebuild_parameter(data: np.ndarray, *_: Any) -> np.ndarray:
     return data
+
+
+def _device(kind: str, index: int | None = None) -> str:
+    return str(kind) if index is None else f"{kind}:{index}"
+
+
+class _Dtype:
+    """A pickled `numpy.dtype`, of a number or a boolean only."""
+
+    def __init__(self, code: str, *_: Any) -> None:
+        if code not in _SCALARS:
+            raise pickle.UnpicklingError(f"a NumPy dtype {code!r}, expected a number's")
+        self.numpy = np.dtype(code)
+
+    def set_state(self, state: tuple) -> None:
+        if state[1] not in ("<", "|"):
+            raise pickle.UnpicklingError(f"a NumPy dtype of byte order {state[1]!r}, expected little-endian")
+
+
+def _scalar(dtype: _Dtype, raw: bytes) -> float | int | bool:
+    if not isinstance(dtype, _Dtype) or not isinstance(raw, bytes) or len(raw) != dtype.numpy.itemsize:
+        raise pickle.UnpicklingError("a NumPy scalar that is no number")
+    return np.frombuffer(raw, dtype.numpy)[0].item()
+
+
+def _encode(text: str, encoding: str) -> bytes:
+    """Pickle's way to write bytes in its second protocol."""
+    if encoding != "latin1" or not isinstance(text, str):
+        raise pickle.UnpicklingError(f"bytes as text in {encoding!r}, expected latin1")
+    return text.encode("latin1")

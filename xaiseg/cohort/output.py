@@ -95,8 +95,13 @@ class OutputFolder:
         return self.root.joinpath(*entities, "anat", "_".join([*entities, name]))
 
     def volume(self, path: Path, scan: Scan, array: np.ndarray, start: tuple[int, int, int] = (0, 0, 0)) -> None:
-        """Write an array, or a crop that begins at `start`, from model orientation onto the scan's stored grid."""
+        """Write an array on the image's grid, or a crop of one that begins at `start`, with its axes as stored."""
         stored, affine = scan.to_stored(array, start)
+        self._write(path, lambda: nifti.write(path, stored, affine, scan.header))
+
+    def label_volume(self, path: Path, scan: Scan, array: np.ndarray) -> None:
+        """Write an array on the scan's label grid onto its stored grid."""
+        stored, affine = scan.labels_to_stored(array)
         self._write(path, lambda: nifti.write(path, stored, affine, scan.header))
 
     def figure(self, path: Path, draw: Any) -> None:

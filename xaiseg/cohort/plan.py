@@ -7,8 +7,8 @@ import jax
 
 from xaiseg.cohort.explaining import seconds_per_row
 from xaiseg.cohort.methods import Method
-from xaiseg.cohort.work import Print, Request, Work
-from xaiseg.imaging import Case, check_header, load_scan
+from xaiseg.cohort.work import Print, Request, Work, load
+from xaiseg.imaging import Case, check_header
 from xaiseg.inference import StitchedPredictor
 from xaiseg.models import Model
 
@@ -24,7 +24,7 @@ def say_plan(
     """Print what is about to be done and what it will take; returns the units of the progress bar."""
     busy = [work for work in works if work.instances]
     smallest = min(busy, key=lambda work: math.prod(work.volume_shape))
-    scan = load_scan(smallest.case, model.spec.channels, model.spec.orientation, request.resample)
+    scan = load(smallest.case, model, request)
     lesions = sum(len(work.instances) for work in busy)
     left_out = sum(work.present for work in works) - lesions
     units, seconds = 0, 0.0
@@ -59,13 +59,17 @@ def nothing_to_explain(works: Sequence[Work], request: Request, model: Model) ->
         )
     if request.instances != "predicted":
         return f"{where}: the {request.instances} label map is empty, so there is nothing to explain"
+    at = f" at threshold {model.spec.threshold}" if model.spec.threshold is not None else ""
     return (
-        f"{where}: the segmentation is empty at threshold {model.spec.threshold}, so there is nothing to explain; "
+        f"{where}: the segmentation is empty{at}, so there is nothing to explain; "
         "lower --threshold, or check that the channels and their intensities are those the model was trained on"
     )
 
 
-def window_count(predictor: StitchedPredictor, cases: Sequence[Case]) -> int:
+def window_count(predictor: StitchedPredictor, model: Model, cases: Sequence[Case]) -> int | None:
+    """Windows of all cases by their headers; None where a preprocessing crops and resamples them first."""
+    if model.spec.normalisation == "nnunet":
+        return None
     return sum(len(predictor.plan(check_header(next(iter(case.images.values()))).shape).starts) for case in cases)
 
 

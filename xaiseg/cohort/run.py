@@ -19,10 +19,10 @@ from xaiseg.cohort.methods import Method, Settings, build_methods
 from xaiseg.cohort.output import OutputFolder
 from xaiseg.cohort.plan import nothing_to_explain, say_plan, window_count
 from xaiseg.cohort.records import case_line, lesion_columns, write_lesions, write_log, write_sidecar
-from xaiseg.cohort.segmentation import Segmentation, Target, chosen_instances, segment_scan, target_of
-from xaiseg.cohort.work import Print, Request, Work
+from xaiseg.cohort.segmentation import Segmentation, Target, chosen_instances, on_image, segment_scan, target_of
+from xaiseg.cohort.work import Print, Request, Work, load
 from xaiseg.errors import InputError
-from xaiseg.imaging import Case, Scan, load_scan, preflight, read_input, select_cases
+from xaiseg.imaging import Case, Scan, preflight, read_input, select_cases
 from xaiseg.inference import StitchedPredictor
 from xaiseg.models import Model
 from xaiseg.report import lesion_figure
@@ -114,11 +114,11 @@ def _segment_all(
     source: str,
 ) -> list[Work]:
     works = [Work(case, {"case": case.name, "status": "done"}) for case in cases]
-    with _bar(window_count(predictor, cases), "window", "segmenting") as bar:
+    with _bar(window_count(predictor, model, cases), "window", "segmenting") as bar:
         for work in works:
             case, begun = work.case, time.perf_counter()
             with _recording(work, output, alone=len(works) == 1):
-                scan = load_scan(case, model.spec.channels, model.spec.orientation, request.resample)
+                scan = load(case, model, request)
                 segmentation = segment_scan(predictor, model.spec, scan, case, lambda: bar.update(1))
                 target = target_of(source, segmentation, scan, case)
                 _describe(work, scan, segmentation, target, request)
@@ -133,27 +133,34 @@ def _describe(work: Work, scan: Scan, segmentation: Segmentation, target: Target
     counted = int(segmentation.labels.max())
     work.row |= {
         "lesions": counted,
-        "volume_mm3": int((segmentation.labels > 0).sum()) * scan.grid.voxel_volume,
+        "volume_mm3": int((segmentation.labels > 0).sum()) * scan.label_grid.voxel_volume,
         **segmentation.agreement(),
     }
     wanted = list(request.lesions) if request.lesions is not None else None
-    work.instances = chosen_instances(target, work.case.name, request.min_voxels, wanted)
-    work.lesion_rows = [lesion_row(work.case, scan.grid, segmentation, target, i) for i in work.instances]
+    chosen = chosen_instances(target, work.case.name, request.min_voxels, wanted)
+    work.instances, lost = on_image(chosen, target, scan)
+    held = {instance.label for instance in work.instances}
+    work.lesion_rows = [
+        lesion_row(work.case, scan.label_grid, segmentation, target, i) for i in chosen if i.label in held
+    ]
     work.volume_shape = scan.image.shape
     work.present = len(target.groups)
     if not work.instances:
         work.row["status"] = "empty"
     if not segmentation.labels.any():
         work.row["message"] = "no voxel above the threshold"
+    if lost:
+        work.row["message"] = f"not explained: {', '.join(map(str, lost))}, outside of what the preprocessing keeps"
 
 
 def _write_segmentation(
     output: OutputFolder, case: Case, scan: Scan, segmentation: Segmentation, target: Target
 ) -> None:
-    output.volume(output.path(case, "space-orig_label-L_probseg.nii.gz"), scan, segmentation.probability)
-    output.volume(output.path(case, "space-orig_label-L_mask.nii.gz"), scan, (segmentation.labels > 0).astype(np.uint8))
+    output.label_volume(output.path(case, "space-orig_label-L_probseg.nii.gz"), scan, segmentation.probability)
+    mask = (segmentation.labels > 0).astype(np.uint8)
+    output.label_volume(output.path(case, "space-orig_label-L_mask.nii.gz"), scan, mask)
     labels = target.labels.astype(np.int16 if target.labels.max() < 2**15 else np.int32)
-    output.volume(output.path(case, "space-orig_desc-instances_dseg.nii.gz"), scan, labels)
+    output.label_volume(output.path(case, "space-orig_desc-instances_dseg.nii.gz"), scan, labels)
 
 
 def _explain_case(
@@ -168,7 +175,7 @@ def _explain_case(
 ) -> None:
     begun = time.perf_counter()
     case = work.case
-    scan = load_scan(case, model.spec.channels, model.spec.orientation, request.resample)
+    scan = load(case, model, request)
     key = case_key(settings.seed, case.name)
     by_label = {row["lesion"]: row for row in work.lesion_rows}
     memory = settings.memory or int(_physical_memory() * _MAPS_FRACTION)
@@ -261,7 +268,7 @@ def _discarding(output: OutputFolder) -> Iterator[None]:
         raise
 
 
-def _bar(total: int, unit: str, what: str) -> tqdm:
+def _bar(total: int | None, unit: str, what: str) -> tqdm:
     interval = 0.2 if sys.stderr.isatty() else 15.0
     return tqdm(total=total, unit=unit, desc=what, file=sys.stderr, mininterval=interval, dynamic_ncols=True)
 

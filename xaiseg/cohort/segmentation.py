@@ -1,5 +1,6 @@
 """From a scan to its instances: stitched probabilities, threshold, components, and how they match a reference."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ SOURCES = ("predicted", "reference", "given")
 
 @dataclass(frozen=True, eq=False)
 class Segmentation:
-    """The prediction of one scan, arrays `(X, Y, Z)` in model orientation.
+    """The prediction of one scan, arrays `(X, Y, Z)` on the scan's label grid.
 
     probability: float32. labels: int32, the predicted instances. reference: int32, the reference's instances, or None.
     matching: of the two, None without a reference.
@@ -40,7 +41,7 @@ class Segmentation:
 
 @dataclass(frozen=True, eq=False)
 class Target:
-    """What is to be explained in one scan: a label map and a group per label."""
+    """What is to be explained in one scan: a label map on the label grid and a group per label."""
 
     labels: np.ndarray
     groups: dict[int, str]
@@ -52,9 +53,11 @@ def segment_scan(
     predictor: StitchedPredictor, spec: ModelSpec, scan: Scan, case: Case, progress: WindowDone | None = None
 ) -> Segmentation:
     """Segment a scan and, where the case has a reference, match the instances with it."""
-    logits = predictor(jnp.asarray(scan.image), progress)
+    logits = jnp.asarray(scan.restore(np.asarray(predictor(jnp.asarray(scan.image), progress))))
     probability = np.asarray(predictor.probability(logits))
-    labels = label_components(probability > spec.threshold, spec.connectivity, spec.min_voxels)
+    decided = predictor.most_probable(logits) if spec.threshold is None else probability > spec.threshold
+    probability, lesion = scan.insert(probability), scan.insert(np.asarray(decided))
+    labels = label_components(lesion, spec.connectivity, spec.min_voxels)
     if case.reference is None:
         return Segmentation(probability, labels, None, None)
     reference = label_components(scan.labels(case.reference) > 0, spec.connectivity)
@@ -104,3 +107,13 @@ def chosen_instances(target: Target, case: str, min_voxels: int, wanted: list[in
             known = ", ".join(map(str, list(target.groups)[:20])) + (", …" if len(target.groups) > 20 else "")
             raise InputError(f"{case}: no lesion {error.args[0]}; it has {known or 'none'}") from None
     return [instance for instance in instances_of(target.labels) if len(instance.voxels) >= min_voxels]
+
+
+def on_image(instances: Sequence[Instance], target: Target, scan: Scan) -> tuple[list[Instance], list[int]]:
+    """The instances in voxels of the scan's image, and the labels of those that lie outside of it."""
+    if scan.prepared is None:
+        return list(instances), []
+    labels = scan.labels_to_image(target.labels)
+    present = set(np.unique(labels).tolist())
+    held = [instance.label for instance in instances if instance.label in present]
+    return instances_of(labels, held), [i.label for i in instances if i.label not in present]

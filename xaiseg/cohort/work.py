@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from xaiseg._types import Instance
-from xaiseg.imaging import Case
+from xaiseg.imaging import Case, Scan, load_scan
+from xaiseg.imaging.nnunet import NnunetPreprocessing
+from xaiseg.models import Model
 
 Print = Callable[[str], Any]
 
@@ -24,6 +26,15 @@ class Request:
     resample: bool = False
     overwrite: bool = False
     dry_run: bool = False
+
+
+def load(case: Case, model: Model, request: Request) -> Scan:
+    """The scan of a case as the model takes it."""
+    spec = model.spec
+    plan = None
+    if spec.normalisation == "nnunet":
+        plan = NnunetPreprocessing.from_dict(spec.preprocessing, "model.json")
+    return load_scan(case, spec.channels, spec.orientation, request.resample, plan)
 
 
 @dataclass

@@ -12,6 +12,7 @@ from nibabel.processing import resample_from_to
 from xaiseg.errors import InputError
 from xaiseg.imaging import nifti
 from xaiseg.imaging.grid import NATIVE, Grid, difference, invert, reorient, reorient_grid, reorientation
+from xaiseg.imaging.nnunet import NnunetPreprocessing, Prepared, prepare
 from xaiseg.imaging.normalise import zscore_nonzero
 
 _BIDS_NAME = re.compile(r"sub-([A-Za-z0-9]+)(?:_ses-([A-Za-z0-9]+))?")
@@ -50,13 +51,17 @@ class Case:
 class Scan:
     """The images of a case as the model takes them.
 
+    Segmentations live on the grid of labels, which is that of the image but for a preprocessing that crops or resamples: then
+    it is the stored grid. `restore`, `insert` and `labels_to_image` lead from one to the other, and change nothing elsewhere.
+
     Attributes:
         name: the case's.
-        image: (X, Y, Z, C) float32, each channel standardised over its non-zero voxels, in model orientation.
+        image: (X, Y, Z, C) float32, normalised, in model orientation.
         grid: of `image`.
         stored_grid: of the first channel's file; results are written on it.
         header: of the first channel's file, for `nifti.write`.
         reorientation: (3, 2) orientation transform from stored to model orientation.
+        prepared: how nnU-Net's preprocessing made `image`; None where it only was standardised and reoriented.
     """
 
     name: str
@@ -65,14 +70,37 @@ class Scan:
     stored_grid: Grid
     header: nib.Nifti1Header
     reorientation: np.ndarray
+    prepared: Prepared | None = None
+
+    @property
+    def label_grid(self) -> Grid:
+        """The grid of probabilities, masks and label maps."""
+        return self.grid if self.prepared is None else self.stored_grid
 
     def labels(self, path: Path) -> np.ndarray:
-        """Read a mask or label map of this scan: (X, Y, Z) int32 in model orientation.
+        """Read a mask or label map of this scan: (X, Y, Z) int32 on the label grid.
 
         Raises:
             InputError: as `nifti.read_labels`; among others, the map is not on the stored grid.
         """
-        return reorient(nifti.read_labels(path, self.stored_grid), self.reorientation)
+        labels = nifti.read_labels(path, self.stored_grid)
+        return reorient(labels, self.reorientation) if self.prepared is None else labels
+
+    def restore(self, values: np.ndarray) -> np.ndarray:
+        """Logits (X, Y, Z, classes) of the image at the resolution of the label grid; what was cropped away is left out."""
+        return values if self.prepared is None else self.prepared.restore(values)
+
+    def insert(self, values: np.ndarray) -> np.ndarray:
+        """What was made from restored logits, (x, y, z), on the whole label grid: 0 where the image was cropped away."""
+        return values if self.prepared is None else self.prepared.insert(values, 0)
+
+    def labels_to_image(self, labels: np.ndarray) -> np.ndarray:
+        """A label map (X, Y, Z) on the image's grid: nearest neighbour, no label inside the crop is lost."""
+        return labels if self.prepared is None else self.prepared.labels_to_image(labels)
+
+    def labels_to_stored(self, array: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """An array on the label grid as `to_stored` takes one on the image's."""
+        return self.to_stored(array) if self.prepared is None else (array, self.stored_grid.affine)
 
     def to_stored(self, array: np.ndarray, start: tuple[int, int, int] = (0, 0, 0)) -> tuple[np.ndarray, np.ndarray]:
         """Take a result, or a crop of one, from model orientation to the stored one.
@@ -88,25 +116,36 @@ class Scan:
         return reorient(array, back), reorient_grid(self.grid.crop(start, array.shape), back).affine
 
 
-def load_scan(case: Case, channels: Sequence[str], orientation: str = NATIVE, resample: bool = False) -> Scan:
-    """Read, align, standardise, reorient and stack the channels of a case.
+def load_scan(
+    case: Case,
+    channels: Sequence[str],
+    orientation: str = NATIVE,
+    resample: bool = False,
+    preprocessing: NnunetPreprocessing | None = None,
+) -> Scan:
+    """Read, align, normalise, reorient and stack the channels of a case.
 
     Args:
         channels: in the model's order.
         orientation: of the voxel axes as the model was trained, such as "LAS"; "native" leaves them as stored.
         resample: bring the other channels onto the first one's grid by trilinear interpolation, 0 outside their field
             of view. Without it, one grid is required.
+        preprocessing: nnU-Net's, in place of z-scores over the non-zero voxels and of `orientation`.
 
     Raises:
         InputError: a file cannot be used, or the channels are on different grids.
     """
     paths = [case.images[channel] for channel in channels]
     first, grid, header = nifti.read(paths[0])
-    volumes = [zscore_nonzero(first, str(paths[0]))]
+
+    def standardised(volume: np.ndarray, path: Path) -> np.ndarray:
+        return zscore_nonzero(volume, str(path)) if preprocessing is None else volume
+
+    volumes = [standardised(first, paths[0])]
     for path in paths[1:]:
         volume, own, _ = nifti.read(path)
         # Standardised on its own grid: interpolation leaves residues in the background, which would count as brain.
-        volume = zscore_nonzero(volume, str(path))
+        volume = standardised(volume, path)
         if unlike := difference(grid, own):
             if not resample:
                 raise InputError(_apart(paths[0], path, unlike))
@@ -117,6 +156,9 @@ def load_scan(case: Case, channels: Sequence[str], orientation: str = NATIVE, re
                     f"{path}: does not overlap {paths[0]} once resampled; check that both are in one space"
                 )
         volumes.append(volume)
+    if preprocessing is not None:
+        prepared = prepare(volumes, grid, preprocessing, [str(path) for path in paths], header.get_zooms()[:3])
+        return Scan(case.name, prepared.image, prepared.grid, grid, header, prepared.transform, prepared)
     transform = reorientation(grid, orientation)
     image = reorient(np.stack(volumes, axis=-1), transform)
     return Scan(case.name, image, reorient_grid(grid, transform), grid, header, transform)

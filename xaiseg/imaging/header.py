@@ -29,6 +29,7 @@ def parse(path: Path, raw: bytes) -> nib.Nifti1Header:
     try:
         header = kind(raw[: kind.sizeof_hdr], check=False)
         header.check_fix(logger=_silent, error_level=40)
+        _complete_slice(header)
         shape, dtype, affine = header.get_data_shape(), header.get_data_dtype(), header.get_best_affine()
         slope, inter, offset = float(header["scl_slope"]), float(header["scl_inter"]), header.get_data_offset()
     except (HeaderDataError, ValueError, OverflowError) as error:
@@ -42,7 +43,9 @@ def parse(path: Path, raw: bytes) -> nib.Nifti1Header:
         return InputError(f"{path}: {found}; expected {expected}: {remedy}")
 
     if len(shape) < 3 or any(n != 1 for n in shape[3:]):
-        raise refuse(f"{len(shape)}-D, shape {shape}", "one 3-D volume", "extract one volume into a file of its own")
+        raise refuse(
+            f"{len(shape)}-D, shape {shape}", "one 3-D volume or 2-D slice", "extract one into a file of its own"
+        )
     if min(shape) < 1:
         raise refuse(f"shape {shape}", "at least one voxel along each axis", "give another file")
     if dtype.kind not in "iuf":
@@ -62,6 +65,29 @@ def parse(path: Path, raw: bytes) -> nib.Nifti1Header:
         found = {1: "metres", 3: "micrometres"}[unit]
         raise refuse(f"header gives lengths in {found}", "millimetres", "convert affine and unit to millimetres")
     return header
+
+
+def _complete_slice(header: nib.Nifti1Header) -> None:
+    """Make a 2-D slice a volume of one, and give it a third axis where the header has none, for it cannot tell one that matters.
+
+    The axis is the normal that points to R, A or S, pixdim[3] long, or 1 mm where that is not a length.
+    """
+    shape = header.get_data_shape()
+    if len(shape) == 2:
+        shape = (*shape, 1)
+        header.set_data_shape(shape)
+    if len(shape) < 3 or shape[2] != 1:
+        return
+    if not np.isfinite(header["pixdim"][3]):
+        header["pixdim"][3] = 1
+    rows = [header[f"srow_{axis}"] for axis in "xyz"]
+    first, second, third = (np.array([row[n] for row in rows], np.float64) for n in range(3))
+    normal = np.cross(first, second)
+    length = np.linalg.norm(normal)
+    if not third.any() and 0 < length < np.inf:
+        normal /= length * np.sign(normal[np.abs(normal).argmax()])
+        for row, value in zip(rows, normal, strict=True):
+            row[2] = value * header["pixdim"][3]
 
 
 def grid_of(header: nib.Nifti1Header) -> Grid:

@@ -32,8 +32,8 @@ def check_header(path: Path) -> Grid:
     that length is not the expected one (gzip files joined together are legal) is the whole file decompressed.
 
     Raises:
-        InputError: the file is absent, unreadable, truncated or no NIfTI; not 3-D, or with an axis of length 0; not
-            real numbers; or its affine or scaling is unusable.
+        InputError: the file is absent, unreadable, truncated or no NIfTI; neither 3-D nor one 2-D slice, which is a
+            volume (X, Y, 1), or with an axis of length 0; not real numbers; or its affine or scaling is unusable.
     """
     path = Path(path)
     with _explained(path):

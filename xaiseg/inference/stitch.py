@@ -26,6 +26,7 @@ class StitchedPredictor:
 
     logits_fn: see `_types.LogitsFn`. tapped_fn: the same network with taps, for class-activation maps.
     target_class: the lesion's logit. local_fn: the logits of a tile, which makes Jacobian rows cheaper and changes none.
+    tiling: where windows lie, `monai` or `nnunet`. output_activation: of the logits, `softmax` over classes or `sigmoid` of each.
     """
 
     logits_fn: LogitsFn
@@ -36,6 +37,8 @@ class StitchedPredictor:
     tapped_fn: TappedFn | None = None
     scan: bool = False
     local_fn: LocalFn | None = None
+    tiling: str = "monai"
+    output_activation: str = "softmax"
 
     def __post_init__(self) -> None:
         # A Partial is a pytree: compiled steps take the network as an argument, its parameters are not baked in as constants.
@@ -55,11 +58,13 @@ class StitchedPredictor:
             spec.target_class,
             model.tapped_fn,
             local_fn=model.local_fn,
+            tiling=spec.tiling,
+            output_activation=spec.output_activation,
         )
 
     def plan(self, shape: tuple[int, ...]) -> WindowPlan:
         x, y, z = shape[:3]
-        return plan_windows((x, y, z), self.window, self.overlap, self.blending)
+        return plan_windows((x, y, z), self.window, self.overlap, self.blending, self.tiling)
 
     def __call__(self, x: Array, progress: WindowDone | None = None) -> Array:
         plan = self.plan(x.shape)
@@ -83,10 +88,16 @@ class StitchedPredictor:
         return unpad(blended, plan)
 
     def probability(self, logits: Array) -> Array:
-        """Probability of the lesion class: softmax over classes, sigmoid for a single logit."""
-        if logits.shape[-1] == 1:
-            return jax.nn.sigmoid(logits[..., 0])
+        """Probability of the lesion class: softmax over classes; sigmoid where so trained, and for a single logit."""
+        if logits.shape[-1] == 1 or self.output_activation == "sigmoid":
+            return jax.nn.sigmoid(logits[..., self.target_class])
         return jax.nn.softmax(logits, axis=-1)[..., self.target_class]
+
+    def most_probable(self, logits: Array) -> Array:
+        """Where the lesion class is the most probable one, as a mask; a sigmoid's class where it is more probable than not."""
+        if logits.shape[-1] == 1 or self.output_activation == "sigmoid":
+            return logits[..., self.target_class] > 0
+        return jnp.argmax(logits, axis=-1) == self.target_class
 
 
 def pad(x: Array, plan: WindowPlan) -> Array:

@@ -1,8 +1,12 @@
-"""Where the windows of a volume lie and how they are blended: MONAI's sliding-window semantics.
+"""Where the windows of a volume lie and how they are blended, as MONAI or as nnU-Net does it.
 
-1. A side smaller than the window is padded with zeros, `diff // 2` before, the rest after.
-2. Starts advance by `int(window · (1 - overlap))`, the last clamped to the end; the first axis is outermost.
-3. `gaussian`: σ = window / 8 per axis, outer product, clamped from below at 1e-3 (MONAI ≥ 1.2). `constant`: ones.
+A side smaller than the window is padded with zeros, `diff // 2` before, the rest after. The first axis is outermost.
+
+`monai`: starts advance by `int(window · (1 - overlap))`, the last clamped to the end. `gaussian` is σ = window / 8 per axis, outer
+product, clamped from below at 1e-3 (MONAI ≥ 1.2).
+`nnunet`: as few windows as a step of at most `window · (1 - overlap)` takes, spread evenly, starts rounded. `gaussian` is a point
+filtered with σ = window / 8, cut off at 4 σ, its maximum 10; zeros become its smallest positive value (nnU-Net v2, in float32).
+`constant` is ones in both.
 """
 
 import itertools
@@ -12,6 +16,7 @@ from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import numpy as np
+from scipy.ndimage import gaussian_filter
 
 _SIGMA = 0.125
 _FLOOR = 1e-3
@@ -37,6 +42,7 @@ class WindowPlan:
     window: Triple
     overlap: float
     blending: str
+    tiling: str = "monai"
 
     @cached_property
     def padding(self) -> tuple[tuple[int, int], ...]:
@@ -50,7 +56,8 @@ class WindowPlan:
 
     @cached_property
     def starts(self) -> np.ndarray:
-        axes = [_starts(n, w, self.overlap) for n, w in zip(self.padded_shape, self.window, strict=True)]
+        starts = _starts_evenly if self.tiling == "nnunet" else _starts
+        axes = [starts(n, w, self.overlap) for n, w in zip(self.padded_shape, self.window, strict=True)]
         return np.array(list(itertools.product(*axes)), dtype=np.int32)
 
     @cached_property
@@ -58,6 +65,8 @@ class WindowPlan:
         """Blend weights of a window, float32 `window`."""
         if self.blending == "constant":
             return np.ones(self.window, np.float32)
+        if self.tiling == "nnunet":
+            return _filtered_point(self.window)
         axes = []
         for n in self.window:
             t = np.arange(n, dtype=np.float32) - np.float32((n - 1) / 2)
@@ -97,9 +106,11 @@ class WindowPlan:
 
 
 @lru_cache(maxsize=8)
-def plan_windows(shape: Triple, window: Triple, overlap: float, blending: str = "gaussian") -> WindowPlan:
-    """The windows of a volume of `shape`. `overlap` is a fraction of the window, `blending` `gaussian` or `constant`."""
-    return WindowPlan(shape, window, overlap, blending)
+def plan_windows(
+    shape: Triple, window: Triple, overlap: float, blending: str = "gaussian", tiling: str = "monai"
+) -> WindowPlan:
+    """The windows of a volume of `shape`. `overlap` is a fraction of the window; see above for the rest."""
+    return WindowPlan(shape, window, overlap, blending, tiling)
 
 
 def _starts(size: int, window: int, overlap: float) -> list[int]:
@@ -108,3 +119,18 @@ def _starts(size: int, window: int, overlap: float) -> list[int]:
     step = max(int(window * (1 - overlap)), 1)
     count = math.ceil((size - window) / step) + 1
     return [min(i * step, size - window) for i in range(count)]
+
+
+def _starts_evenly(size: int, window: int, overlap: float) -> list[int]:
+    if window == 1:  # a slice of a 2-D network: each once
+        return list(range(size))
+    count = math.ceil((size - window) / (window * (1 - overlap))) + 1
+    return [int(np.round(i * (size - window) / max(count - 1, 1))) for i in range(count)]
+
+
+def _filtered_point(window: Triple) -> np.ndarray:
+    point = np.zeros(window)
+    point[tuple(n // 2 for n in window)] = 1
+    weight = gaussian_filter(point, [_SIGMA * n for n in window], mode="constant")
+    weight = (weight * (10 / weight.max())).astype(np.float32)
+    return np.where(weight == 0, weight[weight > 0].min(), weight)

@@ -1,11 +1,11 @@
 """The two convolution blocks that DynUNet and Swin UNETR are made of."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 from jax import Array
 
-from xaiseg.models.layers import Conv, activate, normalise
+from xaiseg.models.layers import ACTIVATIONS, Conv, PReLU, check_activation, normalise
 from xaiseg.models.taps import Taps
 
 
@@ -24,9 +24,10 @@ class PlainBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Array, tap: Taps, train: bool = False) -> Array:
         ones = (1,) * len(self.kernel_size)
+        activate = _activation(self.activation)
         for i, strides in ((1, self.strides), (2, ones)):
             x = tap(f"conv{i}", _conv(self.features, self.kernel_size, strides, f"conv{i}")(x))
-            x = activate(normalise(x, self.norm, f"norm{i}", train), self.activation, f"act{i}")
+            x = activate(normalise(x, self.norm, f"norm{i}", train))
         return x
 
 
@@ -46,14 +47,21 @@ class ResidualBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Array, tap: Taps, train: bool = False) -> Array:
         ones = (1,) * len(self.kernel_size)
+        activate = _activation(self.activation)
         y = tap("conv1", _conv(self.features, self.kernel_size, self.strides, "conv1")(x))
-        y = activate(normalise(y, self.norm, "norm1", train), self.activation, "act1")
+        y = activate(normalise(y, self.norm, "norm1", train))
         y = tap("conv2", _conv(self.features, self.kernel_size, ones, "conv2")(y))
         y = normalise(y, self.norm, "norm2", train)
         if x.shape[-1] != self.features or any(s != 1 for s in self.strides):
             x = _conv(self.features, ones, self.strides, "conv3")(x)
             x = normalise(x, self.norm, "norm3", train)
-        return activate(y + x, self.activation, "act2")
+        return activate(y + x)
+
+
+def _activation(kind: str) -> Callable[[Array], Array]:
+    """One for the whole block: both places of a PReLU share its slope, `act` in the parameters."""
+    check_activation(kind)
+    return PReLU(name="act") if kind == "prelu" else ACTIVATIONS[kind]
 
 
 def _conv(features: int, kernel_size: Sequence[int], strides: Sequence[int], name: str) -> Conv:

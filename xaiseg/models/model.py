@@ -1,7 +1,7 @@
-"""A model: what it is (`ModelSpec`, readable as JSON) and its parameters."""
+"""A model: what it is (`ModelSpec`) and its parameters, as the functions that are explained."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import flax.linen as nn
@@ -11,48 +11,31 @@ from jax import Array
 from jax.tree_util import Partial
 
 from xaiseg._types import LocalFn, LogitsFn, TappedFn
+from xaiseg.models.dynunet import DynUNet
+from xaiseg.models.forward import Forward, LogitsOf, TappedOf
+from xaiseg.models.nnunet import PlainConvUNet, ResidualEncoderUNet
+from xaiseg.models.spec import ModelSpec
+from xaiseg.models.swin_unetr import SwinUNETR
 from xaiseg.models.unet import UNet
 
-NETWORKS: dict[str, type[nn.Module]] = {"unet": UNet}
+NETWORKS: dict[str, type[nn.Module]] = {
+    "unet": UNet,
+    "dynunet": DynUNet,
+    "plain_conv_unet": PlainConvUNet,
+    "residual_encoder_unet": ResidualEncoderUNet,
+    "swin_unetr": SwinUNETR,
+}
 
 Variables = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class ModelSpec:
-    """Everything besides the parameters that a result depends on. Stored as `model.json`.
-
-    architecture, options: the network's name in `NETWORKS` and its constructor's arguments.
-    channels: input sequences in order.
-    normalisation: `zscore_nonzero`, per channel over the whole volume.
-    orientation: axis codes the network was trained in (`RAS`, `LAS`), or `native` for the order in which files store voxels.
-    window: sides of the sliding window in voxels. overlap: of neighbouring windows, 0 to 1. blending: `gaussian` or `constant`.
-    threshold: on the probability, `>`. connectivity: 6, 18 or 26. min_voxels: smaller predicted components are removed.
-    target_class: index of the lesion class in the logits.
-    source: the file the parameters came from, `source_sha256` its hash. default_layer: the tap Grad-CAM++ uses.
-    """
-
-    architecture: str
-    options: Mapping[str, Any]
-    channels: tuple[str, ...]
-    window: tuple[int, int, int]
-    overlap: float = 0.25
-    blending: str = "gaussian"
-    threshold: float = 0.3
-    connectivity: int = 18
-    min_voxels: int = 1
-    normalisation: str = "zscore_nonzero"
-    orientation: str = "native"
-    target_class: int = 1
-    default_layer: str = "decoder1.conv"
-    source: str = ""
-    source_sha256: str = ""
-    notes: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
 class Model:
-    """A network with its parameters. `logits_fn` and `tapped_fn` are pure and carry the parameters as pytree leaves."""
+    """A network with its parameters, or an ensemble of one network with several sets of parameters.
+
+    `logits_fn` and `tapped_fn` are pure and carry the parameters as pytree leaves. variables: of the network; of an ensemble, those
+    of each member by its name.
+    """
 
     spec: ModelSpec
     variables: Variables
@@ -63,16 +46,18 @@ class Model:
 
     @property
     def logits_fn(self) -> LogitsFn:
-        return Partial(_Apply(self.network), self.variables)
+        return Partial(LogitsOf(self._forward), self.variables)
 
     @property
     def tapped_fn(self) -> TappedFn:
-        return Partial(_ApplyTapped(self.network), self.variables)
+        return Partial(TappedOf(self._forward), self.variables)
 
     @property
     def local_fn(self) -> LocalFn | None:
         """The logits of a tile of twice the network's total stride; None where a logit depends on the whole decoder."""
         network = self.network
+        if self._forward.passes > 1 or self._forward.slice_axis is not None:
+            return None
         if not getattr(network, "has_local_decoder", False):
             return None
         alignment = network.tile_alignment
@@ -83,22 +68,22 @@ class Model:
 
     @property
     def parameter_count(self) -> int:
-        return sum(leaf.size for leaf in jax.tree.leaves(self.variables["params"]))
+        """Of one network, running statistics not counted."""
+        one = self.variables[self.spec.members[0]] if self.spec.members else self.variables
+        return sum(leaf.size for leaf in jax.tree.leaves(one["params"]))
 
     def taps(self) -> dict[str, tuple[int, ...]]:
         """Names of the taps, in order of computation, and their shapes `(*grid, features)` for one window."""
-        order: list[str] = []  # JAX sorts the keys of a dict that it returns
-
-        def tapped(variables: Variables, x: Array) -> dict[str, Array]:
-            _, taps = self.network.apply(variables, x)
-            order.extend(taps)
-            return taps
-
-        taps = jax.eval_shape(tapped, self.variables, _window(self.spec))
+        _, taps = jax.eval_shape(self.tapped_fn, _window(self.spec), {})
+        _, order = outputs(self.spec)  # JAX sorts the keys of a dict that it returns
         return {name: taps[name].shape[1:] for name in order}
 
     def with_spec(self, **changes: Any) -> "Model":
         return replace(self, spec=replace(self.spec, **changes))
+
+    @property
+    def _forward(self) -> Forward:
+        return Forward(self.network, slice_axis(self.spec), self.spec.mirror_axes, self.spec.members)
 
 
 def build_network(spec: ModelSpec) -> nn.Module:
@@ -112,35 +97,51 @@ def build_network(spec: ModelSpec) -> nn.Module:
         raise ValueError(f"options of {spec.architecture}: {error}") from error
 
 
+def slice_axis(spec: ModelSpec) -> int | None:
+    """The window's axis of side 1, along which a 2-D network takes a volume slice by slice; None for a 3-D network.
+
+    Raises ValueError where a 2-D network has a window without such a side.
+    """
+    if spec.options.get("ndim", 3) == 3:
+        return None
+    if 1 not in spec.window:
+        raise ValueError(f"a 2-D network needs a window with one side of 1, not {spec.window}")
+    return spec.window.index(1)
+
+
+def outputs(spec: ModelSpec) -> tuple[int, list[str]]:
+    """Classes and names of the taps of a spec's network. Raises ValueError or TypeError where it cannot be built."""
+    order: list[str] = []
+
+    def init(key: Array, x: Array) -> Array:
+        (logits, taps), _ = build_network(spec).init_with_output(key, x)
+        order.extend(taps)
+        return logits
+
+    return jax.eval_shape(init, jax.random.key(0), _grid(spec)).shape[-1], order
+
+
 def expected_variables(spec: ModelSpec) -> Variables:
-    """Shapes and dtypes of the network's variables, as a tree of `ShapeDtypeStruct`."""
-    return jax.eval_shape(build_network(spec).init, jax.random.key(0), _window(spec))
+    """Shapes and dtypes of the model's variables, as a tree of `ShapeDtypeStruct`."""
+    one = jax.eval_shape(build_network(spec).init, jax.random.key(0), _grid(spec))
+    return dict.fromkeys(spec.members, one) if spec.members else one
 
 
 def _window(spec: ModelSpec) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((1, *spec.window, len(spec.channels)), jnp.float32)
 
 
-@dataclass(frozen=True)
-class _Apply:
-    """Hashable by its module, so that two `logits_fn` of one architecture share compiled programs."""
-
-    network: nn.Module
-
-    def __call__(self, variables: Variables, x: Array) -> Array:
-        return self.network.apply(variables, x)[0]
-
-
-@dataclass(frozen=True)
-class _ApplyTapped:
-    network: nn.Module
-
-    def __call__(self, variables: Variables, x: Array, offsets: Mapping[str, Array]) -> tuple[Array, dict[str, Array]]:
-        return self.network.apply(variables, x, offsets)
+def _grid(spec: ModelSpec) -> jax.ShapeDtypeStruct:
+    """What the network itself is given: a window, or a slice of it."""
+    axis = slice_axis(spec)
+    sides = tuple(n for i, n in enumerate(spec.window) if i != axis)
+    return jax.ShapeDtypeStruct((1, *sides, len(spec.channels)), jnp.float32)
 
 
 @dataclass(frozen=True)
 class _ApplyTile:
+    """Hashable by its module, so that two models of one architecture share compiled programs."""
+
     network: nn.Module
     tile: tuple[int, ...]
 

@@ -9,8 +9,8 @@ class Taps:
     """Collects activations while a network is applied: `x = tap("encoder0", x)`.
 
     `offsets[name]` is added at the tap of that name, so that the derivative with respect to a zero offset is the gradient there.
-    `values` holds the activations, offset included, in order of computation. Never tap inside a rematerialised or scanned block:
-    its values belong to another trace.
+    `values` holds the activations, offset included, in order of computation. Never tap inside a scanned block, and inside a
+    rematerialised one only by `remat.rematerialised`: its values belong to another trace.
     """
 
     def __init__(self, offsets: Mapping[str, Array] | None = None, prefix: str = "") -> None:
@@ -19,11 +19,19 @@ class Taps:
         self.values: dict[str, Array] = {}
 
     def __call__(self, name: str, value: Array) -> Array:
-        name = self._prefix + name
-        if name in self._offsets:
-            value = value + self._offsets[name]
-        self.values[name] = value
+        offset = self._offsets.get(self._prefix + name)
+        value = value if offset is None else value + offset
+        self.record(name, value)
         return value
+
+    def record(self, name: str, value: Array) -> None:
+        """Hold `value`, to which no offset is added."""
+        self.values[self._prefix + name] = value
+
+    @property
+    def offsets(self) -> dict[str, Array]:
+        """The offsets within this block, named as there."""
+        return {k.removeprefix(self._prefix): v for k, v in self._offsets.items() if k.startswith(self._prefix)}
 
     def within(self, block: str) -> "Taps":
         """The same collection, for the inside of a block: names get the prefix `block.`."""

@@ -1,4 +1,4 @@
-"""The 3-D U-Net of the paper: MONAI's `UNet` without residual units."""
+"""The 3-D U-Net of the paper: MONAI's `UNet`, with and without residual units."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -7,11 +7,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array, lax
 
-from xaiseg.models.layers import BatchNorm, Conv, ConvTranspose, InstanceNorm, PReLU
-
-Taps = dict[str, Array]
-
-NORMS = ("batch", "instance", "instance_affine", "none")
+from xaiseg.models.layers import Conv, ConvTranspose, activate, check_activation, check_norm, normalise
+from xaiseg.models.taps import Taps
 
 
 class UNet(nn.Module):
@@ -21,9 +18,13 @@ class UNet(nn.Module):
       channels: features of each level, top first. The last is the bottleneck.
       strides: of the step from each level to the next, `len(channels) - 1` of them; a step is an int or one int per axis.
       out_channels: classes of the logits.
-      norm: `batch`, `instance` (no parameters), `instance_affine` or `none`.
+      norm: one of `layers.NORMS`: `batch`, `instance` (no parameters), `instance_affine`, `group:N` or `none`.
       kernel_size, up_kernel_size: an int, or one int per axis, for the way down and the way up.
       ndim: spatial axes, 3 or 2.
+      residual_units: 0, or the convolutions of each `ResidualUnit` on the way down; on the way up one follows each transposed
+        convolution, with one convolution.
+      activation: `prelu` or one of `layers.ACTIVATIONS`.
+      use_bias: of all convolutions.
 
     The paper's network is `UNet((32, 64, 128, 256, 512), (2, 2, 2, 2))`, 7,916,170 parameters for two input channels.
     """
@@ -35,6 +36,9 @@ class UNet(nn.Module):
     kernel_size: int | Sequence[int] = 3
     up_kernel_size: int | Sequence[int] = 3
     ndim: int = 3
+    residual_units: int = 0
+    activation: str = "prelu"
+    use_bias: bool = True
 
     @nn.compact
     def __call__(
@@ -43,53 +47,54 @@ class UNet(nn.Module):
         offsets: Mapping[str, Array] | None = None,
         train: bool = False,
         tile: tuple[Array, Sequence[int]] | None = None,
-    ) -> tuple[Array, Taps]:
+    ) -> tuple[Array, dict[str, Array]]:
         """Logits `(N, *spatial, out_channels)` and the named taps for `x` `(N, *spatial, C)`.
 
-        Each side of the grid must be a multiple of the product of its strides. Taps are `encoder{i}.conv`, `bottleneck.conv` and
-        `decoder{i}.conv`, the outputs of the convolutions (level 0 is the top; `decoder0.conv` is the logits), and the same names
-        without `.conv` after normalisation and activation. `offsets[name]` is added at that tap, so that the derivative with
-        respect to a zero offset is the gradient at that layer.
+        Each side of the grid must be a multiple of the product of its strides. Level 0 is the top. Taps are `encoder{i}`,
+        `bottleneck` and `decoder{i}`, the outputs of the levels, and `logits`. Without residual units `encoder{i}.conv`,
+        `bottleneck.conv` and `decoder{i}.conv` are the outputs of the convolutions (`decoder0.conv` is the logits, and there is
+        no `decoder0`); with them `encoder{i}.unit{j}.conv`, `bottleneck.unit{j}.conv`, `decoder{i}.conv` (the transposed one) and
+        `decoder{i}.unit0.conv` are. `offsets[name]` is added at that tap, so that the derivative with respect to a zero offset is
+        the gradient at that layer.
 
         `tile = (start, size)` gives the logits of that part of the grid only, `(N, *size, out_channels)`, from a decoder that is
-        evaluated nowhere else: the same numbers, as long as `has_local_decoder`. `start` is a multiple of `tile_alignment`.
-        """
-        if len(self.strides) != len(self.channels) - 1:
-            raise ValueError(
-                f"{len(self.channels)} channels need {len(self.channels) - 1} strides, not {len(self.strides)}"
-            )
-        if self.norm not in NORMS:
-            raise ValueError(f"norm is {self.norm!r}; known are {', '.join(NORMS)}")
-        steps = [self._per_axis(s) for s in self.strides]
-        factors = [math.prod(axis) for axis in zip(*steps, strict=True)]
-        if any(n % f for n, f in zip(x.shape[1:-1], factors, strict=True)):
-            raise ValueError(
-                f"a grid of {x.shape[1:-1]} cannot be halved evenly: each side must be a multiple of {factors}"
-            )
-        taps: Taps = {}
+        evaluated nowhere else: the same numbers. It needs `has_local_decoder`. `start` is a multiple of `tile_alignment`.
 
-        def tap(name: str, value: Array) -> Array:
-            if offsets is not None and name in offsets:
-                value = value + offsets[name]
-            taps[name] = value
-            return value
+        Raises ValueError for options or a grid that do not fit.
+        """
+        self._check_options(tiled=tile is not None)
+        steps = [self._per_axis(s) for s in self.strides]
+        if any(n % f for n, f in zip(x.shape[1:-1], self.tile_alignment, strict=True)):
+            raise ValueError(
+                f"a grid of {x.shape[1:-1]} cannot be halved evenly: "
+                f"each side must be a multiple of {list(self.tile_alignment)}"
+            )
+        tap = Taps(offsets)
+        kernel, up_kernel, ones = map(self._per_axis, (self.kernel_size, self.up_kernel_size, 1))
 
         def norm_act(name: str, y: Array) -> Array:
-            if self.norm == "batch":
-                y = BatchNorm(name=f"{name}_norm")(y, train)
-            elif self.norm != "none":
-                y = InstanceNorm(affine=self.norm == "instance_affine", name=f"{name}_norm")(y)
-            return tap(name, PReLU(name=f"{name}_act")(y))
+            return activate(normalise(y, self.norm, f"{name}_norm", train), self.activation, f"{name}_act")
+
+        def residual(name: str, y: Array, features: int, strides: Sequence[int], subunits: int, top: bool) -> Array:
+            unit = ResidualUnit(
+                features, kernel, strides, subunits, self.norm, self.activation, self.use_bias, top, name=name
+            )
+            return tap(name, unit(y, tap.within(name), train))
 
         def down(name: str, y: Array, features: int, strides: Sequence[int]) -> Array:
-            y = Conv(features, self._per_axis(self.kernel_size), strides, name=f"{name}_conv")(y)
-            return norm_act(name, tap(f"{name}.conv", y))
+            if self.residual_units:
+                return residual(name, y, features, strides, self.residual_units, top=False)
+            y = tap(f"{name}.conv", Conv(features, kernel, strides, self.use_bias, name=f"{name}_conv")(y))
+            return tap(name, norm_act(name, y))
 
-        def up(name: str, y: Array, features: int, strides: Sequence[int]) -> Array:
-            y = ConvTranspose(features, self._per_axis(self.up_kernel_size), strides, name=f"{name}_conv")(y)
-            return tap(f"{name}.conv", y)
+        def up(name: str, y: Array, features: int, strides: Sequence[int], top: bool) -> Array:
+            y = ConvTranspose(features, up_kernel, strides, self.use_bias, name=f"{name}_conv")(y)
+            y = tap(f"{name}.conv", y)
+            if self.residual_units:
+                return residual(name, norm_act(name, y), features, ones, 1, top)
+            return y if top else tap(name, norm_act(name, y))
 
-        sides = _tile_sides(tile[1], steps, self._per_axis(self.up_kernel_size)) if tile is not None else []
+        sides = _tile_sides(tile[1], steps, up_kernel) if tile is not None else []
 
         def cut(grid: int, y: Array) -> Array:
             """The part of a tensor on the grid below `grid` steps that the tile depends on, zero beyond the grid."""
@@ -114,15 +119,13 @@ class UNet(nn.Module):
         for level, (features, step) in enumerate(zip(self.channels[:-1], steps, strict=True)):
             x = down(f"encoder{level}", x, features, step)
             skips.append(x)
-        x = down("bottleneck", x, self.channels[-1], self._per_axis(1))
+        x = down("bottleneck", x, self.channels[-1], ones)
         x = cut(len(steps), x)
         for level in reversed(range(len(steps))):
             x = jnp.concatenate([cut(level + 1, skips[level]), x], axis=-1)
-            if level == 0:
-                return trim(0, up("decoder0", x, self.out_channels, steps[0])), taps
-            y = up(f"decoder{level}", x, self.channels[level - 1], steps[level])
-            x = trim(level, norm_act(f"decoder{level}", y))
-        raise ValueError("a U-Net needs at least two levels")
+            features = self.channels[level - 1] if level else self.out_channels
+            x = trim(level, up(f"decoder{level}", x, features, steps[level], top=level == 0))
+        return tap("logits", x), tap.values
 
     @property
     def tile_alignment(self) -> tuple[int, ...]:
@@ -131,14 +134,62 @@ class UNet(nn.Module):
 
     @property
     def has_local_decoder(self) -> bool:
-        """Whether a logit depends on the decoder's neighbourhood only: no statistics over the grid, and kernels no wider than
-        what the strides bring together, so that a tile needs nothing before its first voxel."""
+        """Whether a tile of the logits can be had from a tile of the decoder: no statistics over the grid, and kernels no wider
+        than what the strides bring together, so that a tile needs nothing before its first voxel. Residual units are wider."""
         up_kernel = self._per_axis(self.up_kernel_size)
         narrow = all(k // 2 < s for step in self.strides for k, s in zip(up_kernel, self._per_axis(step), strict=True))
-        return self.norm in ("batch", "none") and narrow
+        return self.norm in ("batch", "none") and narrow and not self.residual_units
+
+    def _check_options(self, tiled: bool) -> None:
+        if len(self.channels) < 2:
+            raise ValueError(f"a U-Net needs at least two levels, channels is {tuple(self.channels)}")
+        if len(self.strides) != len(self.channels) - 1:
+            raise ValueError(
+                f"{len(self.channels)} channels need {len(self.channels) - 1} strides, not {len(self.strides)}"
+            )
+        if self.residual_units < 0:
+            raise ValueError(f"residual_units is {self.residual_units}, expected 0 or more")
+        check_norm(self.norm)
+        check_activation(self.activation)
+        if tiled and not self.has_local_decoder:
+            raise ValueError("this network's decoder is not local: it has no logits of a tile alone")
 
     def _per_axis(self, value: int | Sequence[int]) -> tuple[int, ...]:
         return (value,) * self.ndim if isinstance(value, int) else tuple(value)
+
+
+class ResidualUnit(nn.Module):
+    """conv, norm, activation, `subunits` times, plus the shortcut: MONAI's block of that name.
+
+    The first convolution has the strides. The shortcut is a convolution, `residual`, where grid or features change: as wide as
+    the others if strided, 1×1×1 if not. last_conv_only: nothing follows the last convolution. Taps `unit{j}.conv`: outputs of the
+    convolutions.
+    """
+
+    features: int
+    kernel_size: Sequence[int]
+    strides: Sequence[int]
+    subunits: int
+    norm: str
+    activation: str
+    use_bias: bool
+    last_conv_only: bool
+
+    @nn.compact
+    def __call__(self, x: Array, tap: Taps, train: bool = False) -> Array:
+        ones = (1,) * len(self.kernel_size)
+        y = x
+        for j in range(self.subunits):
+            strides = ones if j else self.strides
+            conv = Conv(self.features, self.kernel_size, strides, self.use_bias, name=f"unit{j}_conv")
+            y = tap(f"unit{j}.conv", conv(y))
+            if not (self.last_conv_only and j == self.subunits - 1):
+                y = activate(normalise(y, self.norm, f"unit{j}_norm", train), self.activation, f"unit{j}_act")
+        strided = any(s != 1 for s in self.strides)
+        if strided or x.shape[-1] != self.features:
+            kernel_size = self.kernel_size if strided else ones
+            x = Conv(self.features, kernel_size, self.strides, self.use_bias, name="residual")(x)
+        return y + x
 
 
 def _tile_sides(size: Sequence[int], steps: Sequence[Sequence[int]], kernel: Sequence[int]) -> list[tuple[int, ...]]:
