@@ -87,11 +87,13 @@ def equinox_net(state=True):
 
 
 def randomised(tree, seed=7):
-    """Every array redrawn between 0.5 and 1.5: batch statistics that are not 0 and 1, variances that are positive."""
+    """Every array redrawn: kernels of both signs, biases, scales and batch statistics that are neither 0 nor 1."""
     rng = np.random.default_rng(seed)
 
     def redrawn(a):
-        return jnp.asarray(rng.uniform(0.5, 1.5, a.shape), a.dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a
+        if not jnp.issubdtype(a.dtype, jnp.floating):
+            return a
+        return jnp.asarray(rng.uniform(-0.5, 0.5, a.shape) + (len(a.shape) < 2), a.dtype)
 
     return jax.tree.map(redrawn, tree)
 
@@ -302,36 +304,41 @@ def test_a_2d_network_explains_a_volume_slice_by_slice():
     assert_same(found.values, expected)
 
 
-@pytest.mark.parametrize("axis", [0, 1, 2])
-def test_a_2d_network_on_an_image_larger_than_its_window(axis):
-    """Blended over nine windows, against MONAI's rules written out in two dimensions."""
-    net = Linen([3, 2])
+@pytest.fixture(scope="module")
+def blended_in_2d():
+    """A 2-D network over four windows, by MONAI's rules written out in two dimensions; its logits, and three rows."""
+    net, image, voxels = Linen([3, 2]), normal(7, 5, 2), np.array([[0, 0], [3, 4], [6, 2]], np.int32)
     variables = linen_variables(net, 2)
-    image = normal(9, 8, 2)
-    window, starts = (5, 4), list(itertools.product((0, 3, 4), (0, 3, 4)))  # steps int(0.75 · 5) and int(0.75 · 4)
+    window, starts = (
+        (5, 4),
+        list(itertools.product((0, 2), (0, 1))),
+    )  # steps of int(0.75 · 5) and int(0.75 · 4), clamped
     weight = np.outer(*(np.exp(-((np.arange(n) - (n - 1) / 2) ** 2) / (2 * (n / 8) ** 2)) for n in window))
     weight = np.maximum(weight, max(weight.min(), 1e-3)).astype(np.float32)
 
     def blended(x):
-        total, norm = jnp.zeros((9, 8, 2)), np.zeros((9, 8, 1), np.float32)
+        total, norm = jnp.zeros((7, 5, 2)), np.zeros((7, 5, 1), np.float32)
         for a, b in starts:
             at = (slice(a, a + 5), slice(b, b + 4))
             total = total.at[at].add(net.apply(variables, x[at][None], train=False)[0] * weight[..., None])
             norm[at] += weight[..., None]
         return total / norm
 
-    lesion = Instance(1, np.array([[0, 0, 0], [4, 4, 0], [8, 7, 0]], np.int32))
+    rows = jax.jit(jax.jacrev(lambda x: blended(x)[(*voxels.T, 1)]))(image)
+    return from_linen(net, variables, train=False), image, voxels, jax.jit(blended)(image), np.asarray(rows)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_a_2d_network_on_an_image_larger_than_its_window(axis, blended_in_2d):
+    logits_fn, image, voxels, logits, rows = blended_in_2d
     volume = jnp.expand_dims(image, axis)
-    window = tuple(np.insert(window, axis, 1).tolist())
-    voxels = np.insert(lesion.voxels[:, :2], axis, 0, axis=1)
-    predictor = xaiseg.StitchedPredictor(slicewise(from_linen(net, variables, train=False), axis), window)
-    assert_same(predictor(volume).squeeze(axis), jax.jit(blended)(image))
-    places = tuple(lesion.voxels[:, :2].T)
-    rows = np.asarray(jax.jit(jax.jacrev(lambda x: blended(x)[(*places, 1)]))(image))
-    for aggregator, reduce in ((xaiseg.signed_max(), strongest), (xaiseg.mean(), lambda rows: rows.mean(0))):
-        (found,), _ = xaiseg.jacobian_rows(aggregator)(KEY, predictor, volume, [Instance(1, voxels)])
+    predictor = xaiseg.StitchedPredictor(slicewise(logits_fn, axis), tuple(np.insert((5, 4), axis, 1).tolist()))
+    assert_same(predictor(volume).squeeze(axis), logits)
+    lesion = Instance(1, np.insert(voxels, axis, 0, axis=1))
+    for aggregator, reduced in ((xaiseg.signed_max(), strongest(rows)), (xaiseg.mean(), rows.mean(0))):
+        (found,), _ = xaiseg.jacobian_rows(aggregator)(KEY, predictor, volume, [lesion])
         assert (found.start, found.values.shape) == ((0, 0, 0), volume.shape)
-        assert_same(found.values.squeeze(axis), reduce(rows))
+        assert_same(found.values.squeeze(axis), reduced)
 
 
 def test_windows_of_one_slice_cover_each_slice_once():
@@ -636,28 +643,35 @@ def test_layers_that_cannot_be_tapped():
         tapped_from_linen(WithPair(), {}, ["pair"])(x, {})
 
 
-@pytest.mark.parametrize("axis", [0, 1, 2])
-@pytest.mark.parametrize("layer", ["body", "half"])
-def test_grad_cam_slice_by_slice(axis, layer):
-    """One slice of a volume is explained as the 2-D network explains that slice; there is no tap without a grid."""
-    image = normal(6, 8, 2)
+@pytest.fixture(scope="module")
+def cam_in_2d():
+    """Parameters, an image, two of its pixels, and the map at `body` by hand."""
+    image, voxels = normal(6, 8, 2), np.array([[1, 1], [2, 5]], np.int32)
     variables = randomised(jax.eval_shape(Tapped().init, KEY, image[None]))
+    return variables, image, voxels, cam_by_hand(variables, image, voxels)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_grad_cam_slice_by_slice(axis, cam_in_2d):
+    """One slice of a volume is explained as the 2-D network explains that slice; there is no tap without a grid."""
+    variables, image, voxels, expected = cam_in_2d
 
     def tapped_2d(x, offsets):
         logits, taps = Tapped().apply(variables, x, offsets)
         return logits, taps | {"pooled": x.mean((1, 2))}
 
     volume = jnp.stack([-image, image, 2 * image], axis)
-    voxels = np.array([[1, 1], [2, 5]], np.int32)
     window = tuple(np.insert((6, 8), axis, 1).tolist())
     tapped_fn = slicewise_tapped(tapped_2d, axis)
     predictor = xaiseg.StitchedPredictor(lambda x: tapped_fn(x, {})[0], window, tapped_fn=tapped_fn)
-    lesion = Instance(1, np.insert(voxels, axis, 1, axis=1).astype(np.int32))
-    (found,), _ = xaiseg.gradcam_pp(layer=layer)(KEY, predictor, volume, [lesion])
-    assert found.values.shape == (*window, 1)
+    lesion = Instance(1, np.insert(voxels, axis, 1, axis=1))
+    (found,), _ = xaiseg.gradcam_pp(layer="body")(KEY, predictor, volume, [lesion])
     assert found.start == tuple(int(i == axis) for i in range(3))
-    assert set(tapped_fn(jnp.expand_dims(image, axis)[None], {})[1]) == {"body", "half"}
-    if layer == "body":
-        assert_same(found.values.squeeze(axis), cam_by_hand(variables, image, voxels), 1e-4)
-    else:
-        assert found.values.max() > 0
+    assert found.values.shape == (*window, 1)
+    assert_same(found.values.squeeze(axis), expected, 1e-4)
+    # a tap of half the grid is brought to the window, and its side of 1 stays
+    (found,), _ = xaiseg.gradcam_pp(layer="half")(KEY, predictor, volume, [lesion])
+    assert found.values.shape == (*window, 1)
+    assert found.values.max() > 0
+    with pytest.raises(ValueError, match=r"no tap 'pooled' in this network; it has body, half$"):
+        xaiseg.gradcam_pp(layer="pooled")(KEY, predictor, volume, [lesion])
