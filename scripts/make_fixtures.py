@@ -75,8 +75,6 @@ def checkpoints() -> None:
         np.savez_compressed(FIXTURES / f"{name}.npz", x=x, y=to_numpy(net.double()(to_torch(x))))
     wrapped = {f"module._orig_mod.{name}": value for name, value in nets["unet_2d"][0].float().state_dict().items()}
     torch.save({"epoch": 3, "state_dict": wrapped}, FIXTURES / "unet_module_prefix.pth")
-    residual = UNet(3, 2, 2, (2, 4), (2,), num_res_units=1, norm="batch")
-    torch.save(residual.state_dict(), FIXTURES / "unet_residual.pth")
 
 
 def transposed_convolutions() -> None:

@@ -11,13 +11,25 @@ from xaiseg.errors import InputError
 from xaiseg.imaging import Case, Scan, load_scan, read_input
 from xaiseg.inference import StitchedPredictor
 from xaiseg.instances import instances_of, label_components, match_instances
-from xaiseg.models import Model, ModelSpec, UNet
+from xaiseg.models import DynUNet, Model, ModelSpec, PlainConvUNet, ResidualEncoderUNet, SwinUNETR, UNet
+from xaiseg.models.adapters import (
+    check_logits_fn,
+    from_equinox,
+    from_function,
+    from_linen,
+    from_nnx,
+    slicewise,
+    slicewise_tapped,
+    tapped_from_linen,
+)
+from xaiseg.models.taps import Taps
 from xaiseg.report import lesion_figure
 from xaiseg.saliency import gradcam_pp, jacobian_rows, mean, noisy_mean, signed_max, smoothgrad
 
 __all__ = [
     "Aggregator",
     "Case",
+    "DynUNet",
     "Explainer",
     "Info",
     "InputError",
@@ -25,16 +37,25 @@ __all__ = [
     "LogitsFn",
     "Model",
     "ModelSpec",
+    "PlainConvUNet",
     "Request",
+    "ResidualEncoderUNet",
     "SaliencyMap",
     "Scan",
     "Settings",
     "StitchedPredictor",
+    "SwinUNETR",
     "TappedFn",
+    "Taps",
     "UNet",
     "__version__",
+    "check_logits_fn",
     "convert",
     "explain",
+    "from_equinox",
+    "from_function",
+    "from_linen",
+    "from_nnx",
     "gradcam_pp",
     "instances_of",
     "jacobian_rows",
@@ -49,5 +70,8 @@ __all__ = [
     "save_model",
     "segment",
     "signed_max",
+    "slicewise",
+    "slicewise_tapped",
     "smoothgrad",
+    "tapped_from_linen",
 ]

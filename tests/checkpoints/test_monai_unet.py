@@ -56,11 +56,11 @@ VARIANTS = {
         },
     ),
     "unet_residual2_2d": (
-        Given(),
+        Given(strides=((1, 2),)),
         2,
         {
             "channels": [4, 6],
-            "strides": [2],
+            "strides": [[1, 2]],
             "norm": "instance_affine",
             "kernel_size": [3, 5],
             "out_channels": 3,
@@ -214,7 +214,7 @@ def test_keys_beyond_those_of_residual_units_are_unknown():
     assert text.count("unknown") == 2
 
 
-def test_other_architectures_are_not_recognised(state):
+def test_only_this_architecture_is_recognised():
     dynunet = [
         "input_block.conv1.conv.weight",
         "skip_layers.downsample.conv1.conv.weight",
@@ -223,19 +223,24 @@ def test_other_architectures_are_not_recognised(state):
     swin = ["swinViT.patch_embed.proj.weight", "encoder1.layer.conv1.conv.weight"]
     for keys in (dynunet, swin):
         assert not monai_unet.recognise(dict.fromkeys(keys, np.zeros(1)))
-    assert monai_unet.recognise(state)
+    assert all(monai_unet.recognise(stored(name)) for name in VARIANTS)
 
 
 def test_strides_are_taken_from_the_caller_who_knows_them(state):
     assert monai_unet.read(state, "x", Given(strides=(1, 2))).options["strides"] == [1, 2]
+    assert monai_unet.read(state, "x", Given(strides=((1, 2, 2), 2))).options["strides"] == [[1, 2, 2], 2]
     assert "2 levels, 3 strides" in refusal(state, strides=(1, 2, 2))
+    assert "stride (1, 2) is given for level 1, but the network has 3 spatial axes" in refusal(
+        state, strides=(2, (1, 2))
+    )
 
 
 def test_a_stride_that_a_shortcut_contradicts_is_refused():
     state = stored("unet_residual1_batch")
     assert monai_unet.read(state, "x", Given(strides=(1, 3, 1))).options["strides"] == [1, 3, 1]
-    assert "stride 2 is given for level 0, but the shortcut of its residual unit is that of stride 1" in refusal(
-        state, strides=(2, 2, 1)
+    assert (
+        "stride (1, 2, 1) is given for level 0, but the shortcut of its residual unit is that of stride 1"
+        in refusal(state, strides=((1, 2, 1), 2, 1))
     )
     assert "stride 1 is given for level 1, but the shortcut of its residual unit is that of a stride above 1" in (
         refusal(state, strides=(1, 1, 1))

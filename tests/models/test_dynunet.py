@@ -46,7 +46,7 @@ def ours(name):
 
 
 def assert_gradients_agree(found, expected):
-    # float32 against float64: the project's bound, measured 2e-6
+    # float32 against float64, measured below 4e-6; the project's bound is 1e-4
     np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
 
 
@@ -55,11 +55,11 @@ def test_logits_and_input_gradients_are_monais(name):
     _, _, stored = load(name)
     logits, taps, gradient, _ = ours(name)
     assert np.std(stored["y"]) > 0.1
-    # float32 against MONAI in float64, logits of order one: the project's bound is 1e-4, rounding stays below 1e-5
-    np.testing.assert_allclose(logits, stored["y"], atol=1e-5)
+    # float32 against MONAI in float64, logits of order one: measured below 7e-6; the project's bound is 1e-4
+    np.testing.assert_allclose(logits, stored["y"], atol=3e-5)
     assert_gradients_agree(gradient, stored["gradient"])
     for tap in ("head1", "head2") if name == "dynunet_plain" else ():
-        np.testing.assert_allclose(taps[tap], stored[f"tap:{tap}"], atol=1e-5)
+        np.testing.assert_allclose(taps[tap], stored[f"tap:{tap}"], atol=3e-5)
 
 
 def test_every_tap_is_the_output_of_monais_module():

@@ -112,25 +112,34 @@ def test_taps_of_the_residual_encoder():
 
 
 def test_each_offset_is_added_at_its_tap():
-    """The change of each tap is its own offset where nothing lies before it, and all but the lower head reach the logits."""
-    x = jax.random.normal(jax.random.key(1), (1, 4, 4, 4, 2))
-    variables = RESIDUAL.init(jax.random.key(0), x)
-    _, taps = RESIDUAL.apply(variables, x)
-    offsets = {name: jnp.zeros_like(value) for name, value in taps.items()}
+    shapes, _, empty = tapped(RESIDUAL)
+    rng = np.random.default_rng(0)
+    variables, x = jax.tree.map(
+        lambda leaf: rng.standard_normal(leaf.shape).astype(np.float32), (empty, jnp.zeros((1, 4, 4, 4, 2)))
+    )
+    weights = rng.standard_normal(x.shape).astype(np.float32)
 
-    def weighted(offsets):
-        logits, taps = RESIDUAL.apply(variables, x, offsets)
-        return (logits * jnp.cos(jnp.arange(logits.size, dtype=jnp.float32)).reshape(logits.shape)).sum(), taps
+    @jax.jit
+    def taps_and_gradients(offsets):
+        def weighted(offsets):
+            logits, taps = RESIDUAL.apply(variables, x, offsets)
+            return (logits * weights).sum(), taps
 
-    gradients, _ = jax.jit(jax.grad(weighted, has_aux=True))(offsets)
-    silent = [name for name, gradient in gradients.items() if not gradient.any()]
-    assert silent == ["head1"]
-    np.testing.assert_allclose(gradients["logits"].ravel(), np.cos(np.arange(128, dtype=np.float32)), rtol=1e-5)
-    # what follows encoder0's output depends on it and on what comes before alike: its gradient is that of its own last sum
-    moved = RESIDUAL.apply(variables, x, {"encoder1": jnp.ones_like(taps["encoder1"])})[1]
+        gradients, taps = jax.grad(weighted, has_aux=True)(offsets)
+        return taps, gradients
+
+    none = {name: np.zeros((1, *shape), np.float32) for name, shape in shapes.items()}
+    taps, gradients = taps_and_gradients(none)
+    assert [name for name, gradient in gradients.items() if not gradient.any()] == ["head1"]
+    np.testing.assert_array_equal(gradients["logits"], weights)
+
+    moved, _ = taps_and_gradients(none | {"encoder1": np.ones_like(none["encoder1"])})
     np.testing.assert_allclose(moved["encoder1"], taps["encoder1"] + 1, rtol=1e-6)
-    np.testing.assert_array_equal(moved["encoder0"], taps["encoder0"])
-    assert not np.allclose(moved["encoder2"], taps["encoder2"])
+    names = list(shapes)
+    for name in names[: names.index("encoder1")]:
+        np.testing.assert_array_equal(moved[name], taps[name])
+    for name in names[names.index("encoder1") :]:
+        assert not np.allclose(moved[name], taps[name]), name
 
 
 @pytest.mark.parametrize("network", [PLAIN, RESIDUAL])

@@ -21,7 +21,7 @@ GIVEN = {
     "unet_residual2_batch": Given(),
     "unet_residual2_instance": Given(norm="instance"),
     "unet_residual1_group_relu_nobias": Given(norm="group:2", activation="relu"),
-    "unet_residual2_2d": Given(),
+    "unet_residual2_2d": Given(strides=((1, 2),)),
     "unet_group_swish": Given(norm="group:2", activation="swish"),
     "unet_none_gelu_nobias": Given(strides=(1, 2), norm="none", activation="gelu"),
     "unet_batch_leakyrelu": Given(activation="leakyrelu"),

@@ -19,14 +19,16 @@ from xaiseg.models import UNet
 
 pytestmark = pytest.mark.parity
 
+# A ReLU's gradient jumps where rounding moves an input of 1e-7 across zero: one voxel in these networks now and then, on either
+# side. PReLU jumps less, the seeds are such that none does here; ReLU is left to the small fixtures.
 # name: (MONAI's options, what their keys do not tell, side of the window)
 VARIANTS = {
     "batch": ({"num_res_units": 2, "norm": "batch"}, Given(), 96),
     "instance": ({"num_res_units": 2, "norm": "instance"}, Given(norm="instance"), 48),
     "instance_affine": ({"num_res_units": 1, "norm": ("instance", {"affine": True})}, Given(), 48),
     "group": (
-        {"num_res_units": 2, "norm": ("group", {"num_groups": 2}), "act": "relu", "bias": False},
-        Given(norm="group:2", activation="relu"),
+        {"num_res_units": 2, "norm": ("group", {"num_groups": 2}), "act": "swish", "bias": False},
+        Given(norm="group:2", activation="swish"),
         48,
     ),
     "group, no residual units": ({"norm": ("group", {"num_groups": 4}), "out_channels": 4}, Given(norm="group:4"), 48),

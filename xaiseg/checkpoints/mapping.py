@@ -34,9 +34,12 @@ KeyMap = dict[str, Entry]
 
 
 class Given(NamedTuple):
-    """What the caller knows and keys do not tell; None where unknown. The fields are options of `xaiseg convert`."""
+    """What the caller knows and keys do not tell; None where unknown. The fields are options of `xaiseg convert`.
 
-    strides: tuple[int, ...] | None = None
+    strides: of each level, an int or one int per axis.
+    """
+
+    strides: tuple[int | tuple[int, ...], ...] | None = None
     norm: str | None = None
     activation: str | None = None
     patch_merging: str | None = None

@@ -6,7 +6,9 @@ them the way down and the bottleneck have `conv.unit{j}.{conv,adn}` and the shor
 convolution `0.{conv,adn}` and a residual unit `1.conv.unit0`. MONAI's default order, norm before activation, is taken for granted.
 """
 
+import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -80,11 +82,11 @@ def _kernel(weight: np.ndarray) -> int | list[int]:
 
 def _strides(
     state: State, down: list[str], residual: bool, source: str, given: Given
-) -> tuple[list[int], tuple[str, ...]]:
+) -> tuple[list[int | list[int]], tuple[str, ...]]:
     """The stride of each level and what is assumed. `down`: keys of the first convolution of each."""
     strided = [_is_strided(state, level, key) if residual else None for level, key in enumerate(down)]
     if given.strides is None:
-        strides = [1 if known is False else 2 for known in strided]
+        strides: list[int | list[int]] = [1 if known is False else 2 for known in strided]
         if 2 not in strides:
             return strides, ()
         if 1 in strides:
@@ -94,13 +96,22 @@ def _strides(
         raise InputError(
             f"{source}: the network has {len(down)} levels, {len(given.strides)} strides are given; give one per level"
         )
+    axes = state[down[0]].ndim - 2
     for level, (stride, known) in enumerate(zip(given.strides, strided, strict=True)):
-        if known is not None and known != (stride != 1):
+        if isinstance(stride, tuple) and len(stride) != axes:
+            raise InputError(
+                f"{source}: stride {stride} is given for level {level}, but the network has {axes} spatial axes"
+            )
+        if known is not None and known != _above_one(stride):
             raise InputError(
                 f"{source}: stride {stride} is given for level {level}, but the shortcut of its residual unit is that of "
                 f"{'a stride above 1' if known else 'stride 1'}; give the strides that the network was built with"
             )
-    return list(given.strides), ()
+    return [list(stride) if isinstance(stride, tuple) else stride for stride in given.strides], ()
+
+
+def _above_one(stride: int | Sequence[int]) -> bool:
+    return (stride if isinstance(stride, int) else math.prod(stride)) != 1
 
 
 def _is_strided(state: State, level: int, first: str) -> bool | None:
@@ -185,14 +196,14 @@ def _key_map(options: dict[str, Any], c_in: int) -> KeyMap:
         if options["activation"] == "prelu":
             wanted[f"{key}.adn.A.weight"] = Entry(("params", *within, f"{stem}_act", "slope"), (1,))
 
-    def down(key: str, name: str, c: int, features: int, stride: int) -> None:
+    def down(key: str, name: str, c: int, features: int, stride: int | Sequence[int]) -> None:
         if not units:
             block(key, (name,), (features, c, *kernel), features)
             return
         for j in range(units):
             block(f"{key}.conv.unit{j}", (name, f"unit{j}"), (features, features if j else c, *kernel), features)
-        if stride != 1 or c != features:
-            window = one if stride == 1 else kernel
+        if _above_one(stride) or c != features:
+            window = kernel if _above_one(stride) else one
             conv(f"{key}.residual", (name, "residual"), (features, c, *window), features)
 
     def up(key: str, name: str, c: int, features: int, top: bool) -> None:

@@ -192,7 +192,7 @@ def _network(planned: Any, ndim: int, source: str) -> tuple[str, dict[str, Any]]
         if axes is not None and isinstance(stages_of, Sequence):
             stages_of = [[v] * axes if isinstance(v, int) else v for v in stages_of]
         fits = isinstance(stages_of, Sequence) and len(stages_of) == stages
-        if not fits or not all(_is_ints([v] if axes is None else v) for v in stages_of):
+        if not fits or not all(_is_ints([v] if axes is None else v, axes or 1) for v in stages_of):
             expected = f"{stages} whole numbers" if axes is None else f"{stages} times {axes} whole numbers"
             raise InputError(f"{source}: {name} is {value!r}, expected {expected}; take the original file")
         return [v if axes is None else list(v) for v in stages_of]
@@ -296,5 +296,7 @@ def _take(content: Mapping[str, Any], name: str, configuration: str | None, sour
     return found
 
 
-def _is_ints(value: Any) -> bool:
-    return isinstance(value, list | tuple) and all(type(v) is int and v > 0 for v in value)
+def _is_ints(value: Any, count: int | None = None) -> bool:
+    return (
+        isinstance(value, list | tuple) and count in (None, len(value)) and all(type(v) is int and v > 0 for v in value)
+    )

@@ -68,9 +68,9 @@ def parse(path: Path, raw: bytes) -> nib.Nifti1Header:
 
 
 def _complete_slice(header: nib.Nifti1Header) -> None:
-    """Make a 2-D slice a volume of one, and give it a third axis where the header has none, for it cannot tell one that matters.
+    """Make a 2-D slice a volume of one; where its sform has zeros for the third axis, give it one, since nothing depends on it.
 
-    The axis is the normal that points to R, A or S, pixdim[3] long, or 1 mm where that is not a length.
+    That axis is the normal that points to R, A or S, and pixdim[3] long, or 1 mm where that is no length.
     """
     shape = header.get_data_shape()
     if len(shape) == 2:
@@ -80,6 +80,8 @@ def _complete_slice(header: nib.Nifti1Header) -> None:
         return
     if not np.isfinite(header["pixdim"][3]):
         header["pixdim"][3] = 1
+    if header["sform_code"] <= 0:
+        return
     rows = [header[f"srow_{axis}"] for axis in "xyz"]
     first, second, third = (np.array([row[n] for row in rows], np.float64) for n in range(3))
     normal = np.cross(first, second)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -66,12 +67,26 @@ class StitchedPredictor:
         x, y, z = shape[:3]
         return plan_windows((x, y, z), self.window, self.overlap, self.blending, self.tiling)
 
+    def classes(self, channels: int, dtype: Any = jnp.float32) -> int:
+        """Classes of the logits.
+
+        Raises ValueError unless `logits_fn` gives `(N, *window, classes)` and `target_class` is one of them.
+        """
+        found = jax.eval_shape(self.logits_fn, jax.ShapeDtypeStruct((1, *self.window, channels), dtype)).shape
+        if len(found) != len(self.window) + 2 or found[:-1] != (1, *self.window):
+            raise ValueError(
+                f"logits_fn gives logits of shape {found} for a window {self.window}, expected {(1, *self.window)} and classes"
+            )
+        if self.target_class not in range(found[-1]):
+            raise ValueError(
+                f"target_class is {self.target_class}, but the network has {found[-1]} classes, numbered from 0"
+            )
+        return found[-1]
+
     def __call__(self, x: Array, progress: WindowDone | None = None) -> Array:
         plan = self.plan(x.shape)
         padded = pad(x, plan)
-        classes = jax.eval_shape(self.logits_fn, jax.ShapeDtypeStruct((1, *self.window, x.shape[-1]), x.dtype)).shape[
-            -1
-        ]
+        classes = self.classes(x.shape[-1], x.dtype)
         total = jnp.zeros((*plan.padded_shape, classes), x.dtype)
         weight = jnp.asarray(plan.weight, x.dtype)
         if self.scan:

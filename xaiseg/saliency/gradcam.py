@@ -38,6 +38,7 @@ def gradcam_pp(*, layer: str) -> Explainer:
     ) -> tuple[list[SaliencyMap], list[Info]]:
         if predictor.tapped_fn is None:
             raise ValueError("Grad-CAM++ needs a network with taps: give the predictor a tapped_fn")
+        predictor.classes(image.shape[-1])
         plan = predictor.plan(image.shape)
         padded = pad(image, plan)
         tap = _tap_shape(predictor.tapped_fn, layer, (1, *predictor.window, image.shape[-1]))

@@ -44,6 +44,7 @@ def jacobian_rows(aggregator: Aggregator, *, chunk: int | None = None, memory: i
         *,
         progress: Progress | None = None,
     ) -> tuple[list[SaliencyMap], list[Info]]:
+        predictor.classes(image.shape[-1])
         plan = predictor.plan(image.shape)
         linearised = _Linearised(predictor, plan, pad(image, plan))
         maps, infos = [], []
@@ -206,7 +207,9 @@ class _Linearised:
 
     def window(self, window: int) -> Any:
         p, start = self._predictor, self.plan.starts[window]
-        return self._keep((window,), lambda: linearise_window(p.logits_fn, self._padded, start, p.window, p.target_class))
+        return self._keep(
+            (window,), lambda: linearise_window(p.logits_fn, self._padded, start, p.window, p.target_class)
+        )
 
     def tile(self, window: int, start: np.ndarray) -> Any:
         """The pull-back of the tile that begins at `start` within a window; of the window, if the network has no tiles."""
@@ -249,7 +252,9 @@ class _Linearised:
 
 
 @partial(jax.jit, static_argnums=(3, 4))
-def linearise_window(logits_fn: LogitsFn, padded: Array, start: Array, window: tuple[int, ...], target_class: int) -> Any:
+def linearise_window(
+    logits_fn: LogitsFn, padded: Array, start: Array, window: tuple[int, ...], target_class: int
+) -> Any:
     x = cut(padded, start, window)
     _, pull = jax.vjp(lambda x: logits_fn(x[None])[0, ..., target_class], x)
     return pull
