@@ -1,6 +1,7 @@
 """Ensembles, mirrored passes and 2-D networks: against loops over passes written with NumPy."""
 
 import itertools
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import pytest
 from xaiseg._types import Instance
 from xaiseg.inference import StitchedPredictor
 from xaiseg.models import Model, ModelSpec, build_network, expected_variables
+from xaiseg.models.forward import LogitsOf, TappedOf
 from xaiseg.saliency import gradcam_pp, jacobian_rows, signed_max
 
 WINDOW = (8, 8, 8)
@@ -58,6 +60,28 @@ def test_logits_are_the_mean_of_all_passes(members, mirror_axes):
     assert expected.std() > 0.01
     np.testing.assert_allclose(jax.jit(lambda f, x: f(x))(model.logits_fn, x), expected, **CLOSE)
     np.testing.assert_allclose(model.tapped_fn(x, {})[0], expected, **CLOSE)
+
+
+@pytest.mark.parametrize(("members", "mirror_axes"), [((), (1,)), (("a", "b"), (0, 2))])
+def test_a_loop_over_the_passes_gives_the_same(members, mirror_axes):
+    """As accelerators run them; logits, taps, and the gradient with respect to offsets and image."""
+    model, x = ensemble(members, mirror_axes), image()
+    unrolled, looped = (replace(model._forward, loop=loop) for loop in (False, True))
+    offset = image((1, 4, 4, 4, 3 * unrolled.passes), 4)
+
+    weight = image((1, 4, 4, 4, 4 * unrolled.passes), 6)
+
+    def score(forward, x, offset):
+        logits, taps = TappedOf(forward)(model.variables, x, {"encoder0": offset})
+        return (logits**2).sum() + (taps["bottleneck"] * weight).sum()
+
+    for forward in (unrolled, looped):
+        np.testing.assert_allclose(LogitsOf(forward)(model.variables, x), by_hand(model, x), **CLOSE)
+    found, expected = (
+        jax.jit(jax.value_and_grad(score, (1, 2)), static_argnums=0)(f, x, offset) for f in (looped, unrolled)
+    )
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
 
 
 def test_gradients_flow_through_members_and_mirrors():

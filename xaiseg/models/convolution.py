@@ -33,7 +33,7 @@ def conv(x: Array, kernel: Array, strides: Sequence[int], padding: Padding, lowe
     when the function is traced, not inside the compiled program, so that linearisation residuals hold no untaken branch.
     """
     if lowering == "auto":
-        lowering = "folded" if kernel.ndim == 5 and _platform() == "cpu" else "native"
+        lowering = "folded" if kernel.ndim == 5 and platform() == "cpu" else "native"
     if lowering == "native":
         return _native(x, kernel, strides, padding)
     if not any(p for pair in padding for p in pair):
@@ -70,7 +70,8 @@ def conv_transpose(
     return y
 
 
-def _platform() -> str:
+def platform() -> str:
+    """Where what is being traced will run: `cpu`, `gpu` or `tpu`."""
     device = jax.config.jax_default_device  # type: ignore[attr-defined]
     return getattr(device, "platform", device) or jax.default_backend()
 

@@ -6,13 +6,14 @@ All of it is linear in the logits, so gradients pass through unchanged: the sali
 import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
+
+from xaiseg.models.convolution import platform
 
 Variables = Mapping[str, Any]
 Offsets = Mapping[str, Array]
@@ -25,32 +26,52 @@ class Forward:
     network: a Linen module `(x, offsets) -> (logits, taps)`.
     slice_axis: of a 2-D network, the window's spatial axis of side 1; None for a 3-D one.
     mirror_axes: spatial axes of the window. members: names in the variables; empty for a single network.
+    loop: run several passes in a loop on CPU too.
     """
 
     network: nn.Module
     slice_axis: int | None = None
     mirror_axes: tuple[int, ...] = ()
     members: tuple[str, ...] = ()
+    loop: bool = False
 
-    @cached_property
-    def flips(self) -> tuple[tuple[int, ...], ...]:
-        """Every combination of the mirror axes, none first, as axes of a batch of windows."""
-        axes = [a + 1 for a in self.mirror_axes]
-        return tuple(c for n in range(len(axes) + 1) for c in itertools.combinations(axes, n))
+    @property
+    def mirrorings(self) -> tuple[tuple[bool, ...], ...]:
+        """Every combination of the mirror axes, none first: which of them are flipped."""
+        return tuple(itertools.product((False, True), repeat=len(self.mirror_axes)))
 
     @property
     def passes(self) -> int:
         """Times that a window goes through a network."""
-        return len(self.flips) * max(len(self.members), 1)
+        return len(self.mirrorings) * max(len(self.members), 1)
 
-    def over_passes(self, variables: Variables, one: Callable[[Variables, tuple[int, ...], int], Any]) -> list[Any]:
-        """`one(variables of a member, axes to flip, number of the pass)` for every pass.
+    def over_passes(self, one: Callable[..., Any], variables: Variables, offsets: Offsets) -> Any:
+        """`one(variables of a member, mirrored, offsets)` of every pass, its results stacked along a new first axis.
 
-        Several passes are rematerialised: the residuals of one pass may fill a device, and there may be forty.
+        Members are outermost. `mirrored` tells of each mirror axis whether it is flipped; `offsets` `(…, passes · K)` are split.
+        Passes are rematerialised: the residuals of one may fill a device, and there may be forty. Accelerators run them in a loop,
+        whose program holds the network once; on CPU a loop around convolutions is slow, so it is unrolled.
         """
         sets = [variables[name] for name in self.members] if self.members else [variables]
-        step = jax.checkpoint(one, static_argnums=(1, 2)) if self.passes > 1 else one
-        return [step(v, flip, i) for i, (v, flip) in enumerate(itertools.product(sets, self.flips))]
+        parts = {k: jnp.moveaxis(o.reshape(*o.shape[:-1], self.passes, -1), -2, 0) for k, o in offsets.items()}
+        step = jax.checkpoint(one)
+        if platform() == "cpu" and not self.loop:
+            passes = enumerate(itertools.product(sets, self.mirrorings))
+            results = [step(v, jnp.array(m), {k: o[i] for k, o in parts.items()}) for i, (v, m) in passes]
+            return jax.tree.map(lambda *a: jnp.stack(a), *results)
+        stacked = jax.tree.map(lambda *a: jnp.stack(a), *sets)
+        member, mirrored = (
+            jnp.array(a) for a in zip(*itertools.product(range(len(sets)), self.mirrorings), strict=True)
+        )
+        return jax.lax.map(
+            lambda p: step(jax.tree.map(lambda a: a[p[0]], stacked), p[1], p[2]), (member, mirrored, parts)
+        )
+
+    def flip(self, x: Array, mirrored: Array) -> Array:
+        """`x` `(N, *grid, K)` flipped along those mirror axes whose entry of `mirrored` is true; its own inverse."""
+        for i, axis in enumerate(self.mirror_axes):
+            x = jnp.where(mirrored[i], jnp.flip(x, axis + 1), x)
+        return x
 
     def apply(self, variables: Variables, x: Array, offsets: Offsets) -> tuple[Array, dict[str, Array]]:
         """One network on windows `(N, *window, C)`, one of whose sides is 1 for a 2-D network."""
@@ -69,10 +90,15 @@ class LogitsOf:
     forward: Forward
 
     def __call__(self, variables: Variables, x: Array) -> Array:
-        def one(v: Variables, flip: tuple[int, ...], number: int) -> Array:
-            return jnp.flip(self.forward.apply(v, jnp.flip(x, flip), {})[0], flip)
+        forward = self.forward
+        if forward.passes == 1:
+            (own,) = (variables[name] for name in forward.members) if forward.members else (variables,)
+            return forward.apply(own, x, {})[0]
 
-        return _mean(self.forward.over_passes(variables, one))
+        def one(own: Variables, mirrored: Array, offsets: Offsets) -> Array:
+            return forward.flip(forward.apply(own, forward.flip(x, mirrored), {})[0], mirrored)
+
+        return forward.over_passes(one, variables, {}).mean(0)
 
 
 @dataclass(frozen=True)
@@ -86,19 +112,16 @@ class TappedOf:
     forward: Forward
 
     def __call__(self, variables: Variables, x: Array, offsets: Offsets) -> tuple[Array, dict[str, Array]]:
-        passes = self.forward.passes
+        forward = self.forward
+        if forward.passes == 1:
+            (own,) = (variables[name] for name in forward.members) if forward.members else (variables,)
+            return forward.apply(own, x, offsets)
 
-        def one(v: Variables, flip: tuple[int, ...], number: int) -> tuple[Array, dict[str, Array]]:
-            own = {k: jnp.flip(jnp.split(o, passes, axis=-1)[number], flip) for k, o in offsets.items()}
-            logits, taps = self.forward.apply(v, jnp.flip(x, flip), own)
-            return jnp.flip(logits, flip), {k: jnp.flip(a, flip) for k, a in taps.items()}
+        def one(own: Variables, mirrored: Array, offsets: Offsets) -> tuple[Array, dict[str, Array]]:
+            flipped = {k: forward.flip(o, mirrored) for k, o in offsets.items()}
+            logits, taps = forward.apply(own, forward.flip(x, mirrored), flipped)
+            return forward.flip(logits, mirrored), {k: forward.flip(a, mirrored) for k, a in taps.items()}
 
-        logits, taps = zip(*self.forward.over_passes(variables, one), strict=True)
-        return _mean(logits), {k: jnp.concatenate([t[k] for t in taps], axis=-1) for k in taps[0]}
-
-
-def _mean(parts: Any) -> Array:
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return total / len(parts) if len(parts) > 1 else total
+        logits, taps = forward.over_passes(one, variables, offsets)
+        joined = {k: jnp.moveaxis(a, 0, -2).reshape(*a.shape[1:-1], -1) for k, a in taps.items()}
+        return logits.mean(0), joined
