@@ -57,10 +57,15 @@ def inspect(model: Model) -> Inspection:
         whole_window=str(spec.options.get("norm", "")).split(":")[0] in _GLOBAL_NORMS,
         forward_flops=flops(jax.make_jaxpr(lambda f, x: f(x))(logits_fn, batch)),
         row_flops=flops(jax.make_jaxpr(lambda p, ct: p(ct))(pull, logit)),
-        forward_bytes=int(forward.lower(logits_fn, batch).compile().memory_analysis().temp_size_in_bytes),
+        forward_bytes=_temporaries(forward.lower(logits_fn, batch).compile()),
         linearised_bytes=int(sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(pull))),
         row_bytes=row_bytes(pull, spec.window),
     )
+
+
+def _temporaries(compiled: Any) -> int:
+    analysis = compiled.memory_analysis()
+    return int(analysis.temp_size_in_bytes) if analysis is not None else 0
 
 
 def flops(program: ClosedJaxpr | Jaxpr) -> int:
@@ -69,16 +74,15 @@ def flops(program: ClosedJaxpr | Jaxpr) -> int:
     total = 0
     for equation in jaxpr.eqns:
         name, params = equation.primitive.name, equation.params
-        out = math.prod(equation.outvars[0].aval.shape) if equation.outvars else 0
+        shapes = [getattr(v.aval, "shape", ()) for v in equation.invars]
+        out = math.prod(getattr(equation.outvars[0].aval, "shape", ())) if equation.outvars else 0
         if name == "dot_general":
             (contracted, _), _ = params["dimension_numbers"]
-            lhs = equation.invars[0].aval.shape
-            total += 2 * out * math.prod(lhs[i] for i in contracted)
+            total += 2 * out * math.prod(shapes[0][i] for i in contracted)
         elif name == "conv_general_dilated":
-            kernel = equation.invars[1].aval.shape
             numbers = params["dimension_numbers"]
             _, features, *spatial = numbers.rhs_spec
-            taps = math.prod(kernel[i] for i in spatial) * kernel[features]
+            taps = math.prod(shapes[1][i] for i in spatial) * shapes[1][features]
             # a dilated input is zeros but for one in so many
             total += 2 * out * taps // math.prod(params["lhs_dilation"])
         else:

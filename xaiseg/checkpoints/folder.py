@@ -14,8 +14,9 @@ import orbax.checkpoint as ocp
 
 from xaiseg._version import __version__
 from xaiseg.errors import InputError
+from xaiseg.imaging.nnunet import NnunetPreprocessing
 from xaiseg.models import NETWORKS, Model, ModelSpec, expected_variables, outputs
-from xaiseg.models.spec import OUTPUT_ACTIVATIONS, BLENDINGS, NORMALISATIONS, TILINGS
+from xaiseg.models.spec import BLENDINGS, NORMALISATIONS, OUTPUT_ACTIVATIONS, TILINGS
 
 _FORMAT = 1
 
@@ -193,6 +194,12 @@ def spec_from_dict(content: dict[str, Any], source: str) -> ModelSpec:
     for holds, name, expected in rules:
         if not holds:
             raise InputError(f"{source}: {name} is {getattr(spec, name)!r}, expected {expected}")
+    if spec.normalisation == "nnunet":
+        planned = NnunetPreprocessing.from_dict(spec.preprocessing, f"{source}: preprocessing")
+        if planned.channels != len(spec.channels):
+            raise InputError(
+                f"{source}: preprocessing is for {planned.channels} channels, but channels names {len(spec.channels)}"
+            )
     try:
         classes, taps = outputs(spec)
     except (ValueError, TypeError, ZeroDivisionError) as error:

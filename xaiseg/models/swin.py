@@ -88,7 +88,7 @@ class WindowAttention(nn.Module):
         if regions is not None:
             apart = regions[None, :, None, :, None] != jnp.asarray(regions)[None, :, None, None, :]
             scores = scores + jnp.where(apart, jnp.asarray(_MASKED, x.dtype), jnp.zeros((), x.dtype))
-        y = _product(jax.nn.softmax(scores), v, contract=3)
+        y = _softmax_product(scores, v)
         return Dense(c, name="proj")(jnp.moveaxis(y, -3, -2).reshape(*outer, tokens, c))
 
 
@@ -145,6 +145,17 @@ def _regions(grid: Sequence[int], window: Sequence[int], shift: Sequence[int]) -
     cells = np.asarray(ids, np.int8).reshape(*itertools.chain(*zip(counts, window, strict=True)))
     order = (*range(0, cells.ndim, 2), *range(1, cells.ndim, 2))
     return cells.transpose(order).reshape(math.prod(counts), math.prod(window))
+
+
+def _softmax_product(scores: Array, v: Array) -> Array:
+    """`softmax(scores) @ v`. The sum that normalises comes from a column of ones, after the product instead of before.
+
+    The matrices of scores are what takes time and memory in a block, and this leaves one of them to the backward pass, which then
+    needs no sums over their rows.
+    """
+    weights = jnp.exp(scores - lax.stop_gradient(scores.max(-1, keepdims=True)))
+    y = _product(weights, jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1), contract=3)
+    return y[..., :-1] / y[..., -1:]
 
 
 def _product(a: Array, b: Array, contract: int) -> Array:
