@@ -304,11 +304,11 @@ def test_trainers(folder, content):
     for fold in ("fold_0", "fold_1"):
         save(folder / fold / "checkpoint_final.pth", content, trainer_name="nnUNetTrainer_MyLoss")
     text = refusal(folder)
-    assert "trained by nnUNetTrainer_MyLoss, which is not one of nnU-Net's own" in text
+    assert "trained by 'nnUNetTrainer_MyLoss', which is not one of nnU-Net's own" in text
     assert "--any-trainer" in text
     assert nnunet.read(folder, any_trainer=True).notes["trainer"] == "nnUNetTrainer_MyLoss"
     save(folder / "fold_0" / "checkpoint_final.pth", content, trainer_name="nnUNet_Primus_M_Trainer")
-    assert "trained by nnUNet_Primus_M_Trainer" in refusal(folder, ["0"])
+    assert "trained by 'nnUNet_Primus_M_Trainer'" in refusal(folder, ["0"])
 
 
 def test_batch_norm_of_a_trainer_that_does_not_say_so(tmp_path):

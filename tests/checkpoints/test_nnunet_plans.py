@@ -88,7 +88,7 @@ def test_old_plans_are_rebuilt():
     assert residual.options["blocks"] == [2, 1, 2]
     assert "convs" not in residual.options
     old["configurations"]["2d"]["UNet_class_name"] = "VNet"
-    assert "the network is dynamic_network_architectures.architectures.unet.VNet; only" in refusal(old, "2d")
+    assert "the network is 'dynamic_network_architectures.architectures.unet.VNet'; only" in refusal(old, "2d")
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_inheritance():
     plans["configurations"]["3d_fullres"]["inherits_from"] = "wide"
     assert "inherits from itself" in refusal(plans, "wide")
     plans["configurations"]["3d_fullres"]["inherits_from"] = "absent"
-    assert "no configuration 'absent' (there: 3d_fullres, bs4, wide)" in refusal(plans, "wide")
+    assert "no configuration 'absent' (there: '3d_fullres', 'bs4', 'wide')" in refusal(plans, "wide")
     assert "no configuration '2d' (there: " in refusal(plans, "2d")
 
 
@@ -199,8 +199,8 @@ def test_norms(plans, norm, kwargs, expected):
         ({"norm_op_kwargs": {"eps": 1e-3, "affine": True}}, "only an eps of 1e-05"),
         ({"norm_op_kwargs": {"affine": True, "track_running_stats": True}}, "only an eps of 1e-05"),
         ({"norm_op": "torch.nn.BatchNorm3d", "norm_op_kwargs": {"affine": False}}, "only an eps of 1e-05"),
-        ({"norm_op": "torch.nn.modules.instancenorm.InstanceNorm2d"}, "norm_op is InstanceNorm2d; only"),
-        ({"norm_op": "torch.nn.GroupNorm"}, "norm_op is GroupNorm; only"),
+        ({"norm_op": "torch.nn.modules.instancenorm.InstanceNorm2d"}, "norm_op is 'InstanceNorm2d'; only"),
+        ({"norm_op": "torch.nn.GroupNorm"}, "norm_op is 'GroupNorm'; only"),
         ({"nonlin": "torch.nn.PReLU"}, "nonlin is 'torch.nn.PReLU'"),
         ({"nonlin": None}, "nonlin is None"),
         ({"nonlin_kwargs": {"negative_slope": 0.2}}, "{'negative_slope': 0.2}; only LeakyReLU, ReLU, GELU, SiLU"),
@@ -268,9 +268,12 @@ def test_convolutions_have_a_bias_only_where_planned(plans):
         ({"architecture": None}, "architecture is None"),
         (
             {"architecture": {"network_class_name": "dynamic_network_architectures.Primus", "arch_kwargs": {}}},
-            "Primus; only",
+            "Primus'; only",
         ),
-        ({"architecture": {"network_class_name": "mine.PlainConvUNet", "arch_kwargs": {}}}, "mine.PlainConvUNet; only"),
+        (
+            {"architecture": {"network_class_name": "mine.PlainConvUNet", "arch_kwargs": {}}},
+            "'mine.PlainConvUNet'; only",
+        ),
     ],
 )
 def test_configurations_that_cannot_be_run_here(plans, change, message):
@@ -282,7 +285,8 @@ def test_configurations_that_cannot_be_run_here(plans, change, message):
     ("change", "message"),
     [
         ({"label_manager": "MyLabels"}, "label_manager is 'MyLabels'"),
-        ({"image_reader_writer": "Tiff3DIO"}, "images were read with Tiff3DIO; only with"),
+        ({"image_reader_writer": "Tiff3DIO"}, "images were read with 'Tiff3DIO'; only with"),
+        ({"image_reader_writer": ["NibabelIO"]}, "images were read with ['NibabelIO']; only with"),
         ({"transpose_forward": [0, 1, 1]}, "transpose_forward"),
         ({"foreground_intensity_properties_per_channel": None}, "foreground_intensity_properties_per_channel is None"),
         ({"configurations": None}, "no configuration '3d_fullres' (there: none)"),

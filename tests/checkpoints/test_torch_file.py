@@ -179,6 +179,10 @@ def test_mixed_prefixes_are_refused(tmp_path, array, names, one, other):
     assert f"mixed prefixes, {one!r} beside {other!r}" in message(path)
 
 
+def test_a_name_that_would_break_the_message_is_refused(tmp_path, array):
+    assert "a tensor called 'a\\nb'" in message(write(tmp_path / "a.pth", {"a\nb": Stored(array)}))
+
+
 def dtype(code, order="<"):
     """As NumPy pickles a dtype."""
     return Call("numpy", "dtype", code, False, True, state=(3, order, None, None, None, -1, -1, 0))

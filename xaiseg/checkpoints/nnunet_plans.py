@@ -24,8 +24,7 @@ _ORIENTATION = {
     "SimpleITKIO": "native",
 }
 _ACTIVATIONS = {"LeakyReLU": "leakyrelu", "ReLU": "relu", "GELU": "gelu", "SiLU": "swish"}
-# What changes the network's result only at the value given here; other arguments that are not read below change nothing in
-# inference (dropout, deep supervision).
+# Arguments that other values than these would make another network of, and arguments that change nothing in inference.
 _FIXED = {"nonlin_first": False, "bottleneck_channels": None}
 _IGNORED = ("dropout_op", "dropout_op_kwargs", "deep_supervision")
 
@@ -96,7 +95,7 @@ def _flat(plan: Plan) -> dict[str, Any]:
 def _configuration(plans: Mapping[str, Any], name: str, source: str, heirs: tuple[str, ...] = ()) -> dict[str, Any]:
     known = plans.get("configurations")
     if not isinstance(known, Mapping) or not isinstance(known.get(name), Mapping):
-        there = ", ".join(known) if isinstance(known, Mapping) else "none"
+        there = ", ".join(map(repr, known)) if isinstance(known, Mapping) else "none"
         raise InputError(f"{source}: no configuration {name!r} (there: {there}); take the plans.json of this training")
     content = dict(known[name])
     parent = content.pop("inherits_from", None)
@@ -148,13 +147,13 @@ def _network(planned: Any, ndim: int, source: str) -> tuple[str, dict[str, Any]]
     package, _, kind = class_name.rpartition(".")
     if not package.startswith("dynamic_network_architectures.") or kind not in NETWORKS:
         raise InputError(
-            f"{source}: the network is {class_name}; only {' and '.join(NETWORKS)} of dynamic_network_architectures "
+            f"{source}: the network is {class_name!r}; only {' and '.join(NETWORKS)} of dynamic_network_architectures "
             "can be converted"
         )
     architecture = NETWORKS[kind]
     encoder, planned_encoder = _PER_STAGE[architecture]
     if kwargs.get("block") is not None and str(kwargs["block"]).rpartition(".")[2] != "BasicBlockD":
-        raise InputError(f"{source}: the network has blocks {kwargs['block']}; only BasicBlockD can be converted")
+        raise InputError(f"{source}: the network has blocks {kwargs['block']!r}; only BasicBlockD can be converted")
     if bad := [name for name, value in _FIXED.items() if kwargs.get(name, value) != value]:
         raise InputError(
             f"{source}: the network has {bad[0]} {kwargs[bad[0]]!r}; only {_FIXED[bad[0]]!r} can be converted"
@@ -225,12 +224,12 @@ def _norm(kwargs: Mapping[str, Any], ndim: int, source: str) -> str:
     given.pop("momentum", None)
     if given.pop("eps", 1e-5) != 1e-5 or given or tracked != batch or (batch and not affine):
         raise InputError(
-            f"{source}: norm_op_kwargs is {kwargs['norm_op_kwargs']!r} for {kind}; only an eps of 1e-05 and, besides affine, the "
+            f"{source}: norm_op_kwargs is {kwargs['norm_op_kwargs']!r} for {kind!r}; only an eps of 1e-05 and, besides affine, the "
             "defaults can be converted"
         )
     if not batch and kind != f"InstanceNorm{ndim}d":
         raise InputError(
-            f"{source}: norm_op is {kind}; only InstanceNorm{ndim}d, BatchNorm{ndim}d and none can be converted"
+            f"{source}: norm_op is {kind!r}; only InstanceNorm{ndim}d, BatchNorm{ndim}d and none can be converted"
         )
     return "batch" if batch else "instance_affine" if affine else "instance"
 
@@ -262,9 +261,9 @@ def _preprocessing(
 
     # inference reads images with the class in the plans; the data set's choice went into them
     reader = plans.get("image_reader_writer") or dataset.get("overwrite_image_reader_writer")
-    if reader not in _ORIENTATION:
+    if not isinstance(reader, str) or reader not in _ORIENTATION:
         raise InputError(
-            f"{source}: images were read with {reader}; only with {', '.join(_ORIENTATION)} is the orientation known"
+            f"{source}: images were read with {reader!r}; only with {', '.join(_ORIENTATION)} is the orientation known"
         )
     schemes = take("normalization_schemes")
     now, before = (f"foreground_intensity_properties_{name}" for name in ("per_channel", "by_modality"))

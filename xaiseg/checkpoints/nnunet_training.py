@@ -86,7 +86,7 @@ def check_trainer(trainer: str, file: Path) -> None:
     """Raise InputError unless `trainer` is known to build the planned network."""
     if trainer not in TRAINERS:
         raise InputError(
-            f"{file}: trained by {trainer}, which is not one of nnU-Net's own that build the planned network; if it changes "
+            f"{file}: trained by {trainer!r}, which is not one of nnU-Net's own that build the planned network; if it changes "
             "neither network nor preprocessing, say so with --any-trainer"
         )
 

@@ -69,6 +69,8 @@ def strip_prefixes(tensors: Mapping[str, np.ndarray], source: str) -> dict[str, 
     state: dict[str, np.ndarray] = {}
     first: dict[str, str] = {}
     for name, tensor in tensors.items():
+        if not name.isprintable():
+            raise InputError(f"{source}: damaged checkpoint (a tensor called {name!r}); copy it again")
         stripped = _strip(name)
         if stripped in state:
             raise InputError(
