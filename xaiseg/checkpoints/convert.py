@@ -76,7 +76,8 @@ def _from_state_dict(
             )
         channels = _TWO_CHANNELS
     _check_channels(source, channels, reading.c_in)
-    _check_target(source, [str(i) for i in range(reading.c_out)], settings)
+    if reading.c_out > 2:
+        _check_target(source, [str(i) for i in range(reading.c_out)], settings)
     if window is None:
         sides = "X,Y,1 (a 2-D network)" if reading.options.get("ndim") == 2 else "X,Y,Z (96,96,96 in the paper)"
         raise InputError(
@@ -134,8 +135,9 @@ def _from_nnunet(
     reading = nnunet.read(source, folds, checkpoint, any_trainer)
     channels = reading.channels if channels is None else channels
     _check_channels(source, channels, len(reading.channels))
-    _check_target(source, reading.classes, settings)
-    if reading.target_class is not None:
+    if reading.target_class is None:
+        _check_target(source, reading.classes, settings)
+    else:
         settings = {"target_class": reading.target_class, **settings}
     ensemble = len(reading.members) > 1
     (first, *_) = reading.members.values()
@@ -168,7 +170,7 @@ def _check_channels(source: Path, channels: Sequence[str], c_in: int) -> None:
 
 
 def _check_target(source: Path, classes: Sequence[str], settings: dict[str, Any]) -> None:
-    if len(classes) > 2 and "target_class" not in settings:
+    if "target_class" not in settings:
         named = ", ".join(f"{i} {name}" if name != str(i) else name for i, name in enumerate(classes))
         raise InputError(
             f"{source}: the network has {len(classes)} classes ({named}); name the lesion's with --target-class"

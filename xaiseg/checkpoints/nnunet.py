@@ -119,7 +119,7 @@ def read(
             if one != other:
                 raise InputError(
                     f"{file}: {what} is {other!r}, but {one!r} in {next(iter(files))}; the folds are not of one training: "
-                    "choose those that are with --folds"
+                    "choose those that are with --fold"
                 )
         _check_agreement(content, training, plan, dataset, described, file)
         state = canonical_state(weights, str(file))
@@ -198,7 +198,7 @@ def _checkpoints(folder: Path, folds: Sequence[str] | None, checkpoint: str) -> 
         )
         found = "; ".join(f"checkpoint_{kind}.pth in {', '.join(names)}" for kind, names in there.items() if names)
         raise InputError(
-            f"{folder}: lacks {lacking}; there is {found or 'none, nor another'}; choose from those with --folds and --checkpoint, "
+            f"{folder}: lacks {lacking}; there is {found or 'none, nor another'}; choose from those with --fold and --checkpoint, "
             "or finish the training"
         )
     return {name: folder / name / f"checkpoint_{checkpoint}.pth" for name in wanted}
