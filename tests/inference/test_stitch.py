@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from xaiseg._types import Instance
 from xaiseg.checkpoints import convert
 from xaiseg.inference import StitchedPredictor, pad, unpad
+from xaiseg.saliency import gradcam_pp, jacobian_rows, mean
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 WINDOW = (16, 16, 16)
@@ -108,6 +110,18 @@ def test_windows_of_every_volume_share_one_program():
 
     predictor = StitchedPredictor(counted, (4, 4, 4))
     for _ in range(2):
-        predictor(jnp.ones((9, 4, 6, 1)))
+        predictor(jnp.ones((9, 4, 6, 2)))
     # one trace for the shape of the logits at each call, one for the program
     assert len(traces) <= 3
+
+
+@pytest.mark.parametrize("target_class", [2, -1])
+def test_a_class_that_the_network_does_not_have(model, target_class):
+    """JAX would take the nearest one without a word."""
+    predictor = replace(StitchedPredictor.of(model), target_class=target_class)
+    image, lesion = jnp.zeros((*WINDOW, 2)), Instance(1, np.zeros((1, 3), np.int32))
+    for run in (predictor, lambda x: jacobian_rows(mean())(jax.random.key(0), predictor, x, [lesion])):
+        with pytest.raises(ValueError, match=f"target_class is {target_class}, but the network has 2 classes"):
+            run(image)
+    with pytest.raises(ValueError, match="target_class is"):
+        gradcam_pp(layer="bottleneck")(jax.random.key(0), predictor, image, [lesion])

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -67,27 +66,13 @@ class StitchedPredictor:
         x, y, z = shape[:3]
         return plan_windows((x, y, z), self.window, self.overlap, self.blending, self.tiling)
 
-    def classes(self, channels: int, dtype: Any = jnp.float32) -> int:
-        """Classes of the logits.
-
-        Raises ValueError unless `logits_fn` gives `(N, *window, classes)` and `target_class` is one of them.
-        """
-        found = jax.eval_shape(self.logits_fn, jax.ShapeDtypeStruct((1, *self.window, channels), dtype)).shape
-        if len(found) != len(self.window) + 2 or found[:-1] != (1, *self.window):
-            raise ValueError(
-                f"logits_fn gives logits of shape {found} for a window {self.window}, expected {(1, *self.window)} and classes"
-            )
-        if self.target_class not in range(found[-1]):
-            raise ValueError(
-                f"target_class is {self.target_class}, but the network has {found[-1]} classes, numbered from 0"
-            )
-        return found[-1]
-
     def __call__(self, x: Array, progress: WindowDone | None = None) -> Array:
         plan = self.plan(x.shape)
         padded = pad(x, plan)
-        classes = self.classes(x.shape[-1], x.dtype)
-        total = jnp.zeros((*plan.padded_shape, classes), x.dtype)
+        window = jax.ShapeDtypeStruct((1, *self.window, x.shape[-1]), x.dtype)
+        logits = jax.eval_shape(self.logits_fn, window)
+        jax.eval_shape(lambda y: class_logit(y, self.window, self.target_class), logits)
+        total = jnp.zeros((*plan.padded_shape, logits.shape[-1]), x.dtype)
         weight = jnp.asarray(plan.weight, x.dtype)
         if self.scan:
             total, _ = jax.lax.scan(
@@ -113,6 +98,20 @@ class StitchedPredictor:
         if logits.shape[-1] == 1 or self.output_activation == "sigmoid":
             return logits[..., self.target_class] > 0
         return jnp.argmax(logits, axis=-1) == self.target_class
+
+
+def class_logit(logits: Array, window: tuple[int, ...], target_class: int) -> Array:
+    """The logits `window` of one class of a single window, from `(1, *window, classes)`; checked when traced.
+
+    Raises ValueError where the logits have another shape, or no such class: JAX would take the nearest one.
+    """
+    if logits.ndim != len(window) + 2 or logits.shape[:-1] != (1, *window):
+        raise ValueError(f"logits have shape {logits.shape} for a window {window}, expected {(1, *window)} and classes")
+    if target_class not in range(logits.shape[-1]):
+        raise ValueError(
+            f"target_class is {target_class}, but the network has {logits.shape[-1]} classes, numbered from 0"
+        )
+    return logits[0, ..., target_class]
 
 
 def pad(x: Array, plan: WindowPlan) -> Array:

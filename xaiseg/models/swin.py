@@ -25,13 +25,15 @@ MERGINGS = {
 _MERGING_2D = ((0, 0), (1, 0), (0, 1), (1, 1))  # MONAI has one order in two dimensions
 
 _MASKED = -100.0
+_CHUNK = 2**24  # scores at a time where they are recomputed
 
 
 class SwinBlock(nn.Module):
     """`x + attention(norm(x))`, then `x + mlp(norm(x))`, for `x` `(N, *grid, C)`.
 
     window: sides of the attention windows. shifted: whether they are moved by half a window. An axis that is no longer than the
-    window is one window, not shifted.
+    window is one window, not shifted. remat: hold the attention scores of some windows at a time and compute them again in the
+    backward pass.
     """
 
     num_heads: int
@@ -39,6 +41,7 @@ class SwinBlock(nn.Module):
     shifted: bool
     mlp_ratio: float = 4.0
     qkv_bias: bool = True
+    remat: bool = False
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -56,7 +59,7 @@ class SwinBlock(nn.Module):
         if any(shift):
             padded = jnp.roll(padded, [-s for s in shift], axes)
         regions = _regions(padded.shape[1:-1], window, shift) if any(shift) else None
-        attend = WindowAttention(self.num_heads, self.window, self.qkv_bias, name="attn")
+        attend = WindowAttention(self.num_heads, self.window, self.qkv_bias, self.remat, name="attn")
         y = join(attend(split(padded, window), regions), window, padded.shape[1:-1])
         if any(shift):
             y = jnp.roll(y, shift, axes)
@@ -72,6 +75,7 @@ class WindowAttention(nn.Module):
     num_heads: int
     window: Sequence[int]
     qkv_bias: bool = True
+    remat: bool = False
 
     @nn.compact
     def __call__(self, x: Array, regions: np.ndarray | None) -> Array:
@@ -79,16 +83,13 @@ class WindowAttention(nn.Module):
         *outer, tokens, c = x.shape
         qkv = Dense(3 * c, self.qkv_bias, name="qkv")(x).reshape(*outer, tokens, 3, self.num_heads, c // self.num_heads)
         q, k, v = (jnp.moveaxis(qkv[..., i, :, :], -2, -3) for i in range(3))  # (N, windows, heads, tokens, C / heads)
+        q = q * (c // self.num_heads) ** -0.5
         size = math.prod(2 * w - 1 for w in self.window)
         table = self.param("position_bias", nn.initializers.truncated_normal(0.02), (size, self.num_heads))
         # a window that was cut to a short axis uses the corner of the full window's index, whatever it means there
         index = relative_position_index(self.window)[:tokens, :tokens]
-        bias = jnp.moveaxis(table[index], -1, 0)[None, None]
-        scores = _product(q * (c // self.num_heads) ** -0.5, k, contract=4) + bias
-        if regions is not None:
-            apart = regions[None, :, None, :, None] != jnp.asarray(regions)[None, :, None, None, :]
-            scores = scores + jnp.where(apart, jnp.asarray(_MASKED, x.dtype), jnp.zeros((), x.dtype))
-        y = _softmax_product(scores, v)
+        bias = jnp.moveaxis(table[index], -1, 0)
+        y = (_attend_by_chunks if self.remat else _attend)(q, k, v, bias, regions)
         return Dense(c, name="proj")(jnp.moveaxis(y, -3, -2).reshape(*outer, tokens, c))
 
 
@@ -147,15 +148,34 @@ def _regions(grid: Sequence[int], window: Sequence[int], shift: Sequence[int]) -
     return cells.transpose(order).reshape(math.prod(counts), math.prod(window))
 
 
-def _softmax_product(scores: Array, v: Array) -> Array:
-    """`softmax(scores) @ v`. The sum that normalises comes from a column of ones, after the product instead of before.
+def _attend(q: Array, k: Array, v: Array, bias: Array, regions: Array | np.ndarray | None) -> Array:
+    """`softmax(q kᵀ + bias) v` for `(N, windows, heads, tokens, features)`, bias `(heads, tokens, tokens)`.
 
-    The matrices of scores are what takes time and memory in a block, and this leaves one of them to the backward pass, which then
-    needs no sums over their rows.
+    The sum that normalises comes from a column of ones, after the product instead of before: the matrices of scores are what takes
+    time and memory, and this leaves one of them to the backward pass, which then needs no sums over their rows.
     """
+    scores = _product(q, k, contract=4) + bias[None, None]
+    if regions is not None:
+        apart = regions[None, :, None, :, None] != jnp.asarray(regions)[None, :, None, None, :]
+        scores = scores + jnp.where(apart, jnp.asarray(_MASKED, q.dtype), jnp.zeros((), q.dtype))
     weights = jnp.exp(scores - lax.stop_gradient(scores.max(-1, keepdims=True)))
     y = _product(weights, jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1), contract=3)
     return y[..., :-1] / y[..., -1:]
+
+
+def _attend_by_chunks(q: Array, k: Array, v: Array, bias: Array, regions: np.ndarray | None) -> Array:
+    """`_attend`, some windows at a time, whose scores are computed again in the backward pass."""
+    windows, heads, tokens = q.shape[1:4]
+    regions = np.zeros((windows, tokens), np.int8) if regions is None else regions
+
+    @jax.checkpoint
+    def window(args: tuple[Array, Array, Array, Array]) -> Array:
+        q, k, v = (a[:, None] for a in args[:3])
+        return _attend(q, k, v, bias, args[3][None])[:, 0]
+
+    outer = tuple(jnp.moveaxis(a, 1, 0) for a in (q, k, v))
+    size = max(1, _CHUNK // (q.shape[0] * heads * tokens**2))
+    return jnp.moveaxis(lax.map(window, (*outer, jnp.asarray(regions)), batch_size=min(size, windows)), 0, 1)
 
 
 def _product(a: Array, b: Array, contract: int) -> Array:

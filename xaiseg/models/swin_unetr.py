@@ -31,7 +31,8 @@ class SwinUNETR(nn.Module):
       patch_norm: whether a layer norm follows the patch embedding.
       use_v2: Swin UNETR-V2, a residual convolution block before each stage, always with instance norm.
       normalize: whether a layer norm without parameters stands between the stages and the decoder.
-      remat: recompute each block in the backward pass instead of keeping its activations; nothing else changes.
+      remat: recompute the blocks in the backward pass instead of keeping their activations; nothing else changes. On CPU it takes
+        `XLA_FLAGS=--xla_cpu_enable_concurrency_optimized_scheduler=false` to save memory: by default XLA recomputes too early.
       ndim: spatial axes, 3 or 2.
     """
 
@@ -65,7 +66,8 @@ class SwinUNETR(nn.Module):
 
         def convolve(name: str, block: nn.Module, *inputs: Array) -> Array:
             inner = taps.within(name)
-            if self.remat:
+            # the backward pass starts with the last block: computing it again would keep the same activations, twice
+            if self.remat and name != "decoder1":
                 return taps(name, rematerialised(block, *inputs, tap=inner, train=train))
             return taps(name, block(*inputs, inner, train))
 
@@ -104,9 +106,7 @@ class SwinUNETR(nn.Module):
         return taps("logits", Conv(self.out_channels, ones, ones, name="out")(y)), taps.values
 
     def _stage(self, i: int, y: Array, taps: Taps) -> Array:
-        swin_block, patch_merging = (
-            (nn.remat(SwinBlock), nn.remat(PatchMerging)) if self.remat else (SwinBlock, PatchMerging)
-        )
+        swin_block, merging = (nn.remat(SwinBlock), nn.remat(PatchMerging)) if self.remat else (SwinBlock, PatchMerging)
         for j in range(self.depths[i - 1]):
             block = swin_block(
                 self.num_heads[i - 1],
@@ -114,10 +114,11 @@ class SwinUNETR(nn.Module):
                 shifted=j % 2 == 1,
                 mlp_ratio=self.mlp_ratio,
                 qkv_bias=self.qkv_bias,
+                remat=self.remat,
                 name=f"stage{i}_block{j}",
             )
             y = taps(f"stage{i}.block{j}", block(y))
-        return taps(f"stage{i}", patch_merging(self.patch_merging, name=f"stage{i}_merge")(y))
+        return taps(f"stage{i}", merging(self.patch_merging, name=f"stage{i}_merge")(y))
 
     @property
     def _window(self) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ import numpy as np
 from jax import Array
 
 from xaiseg._types import Explainer, Info, Instance, Progress, SaliencyMap, TappedFn
-from xaiseg.inference import StitchedPredictor, WindowPlan, cut, pad
+from xaiseg.inference import StitchedPredictor, WindowPlan, class_logit, cut, pad
 from xaiseg.saliency.rows import crop_to_volume
 
 _NEAR_ZERO = 1e-3
@@ -38,7 +38,6 @@ def gradcam_pp(*, layer: str) -> Explainer:
     ) -> tuple[list[SaliencyMap], list[Info]]:
         if predictor.tapped_fn is None:
             raise ValueError("Grad-CAM++ needs a network with taps: give the predictor a tapped_fn")
-        predictor.classes(image.shape[-1])
         plan = predictor.plan(image.shape)
         padded = pad(image, plan)
         tap = _tap_shape(predictor.tapped_fn, layer, (1, *predictor.window, image.shape[-1]))
@@ -108,7 +107,7 @@ def _window_cam(
 
     def target(offset: Array) -> tuple[Array, Array]:
         logits, taps = tapped_fn(x[None], {layer: offset})
-        return jnp.sum(logits[0, ..., target_class] * cotangent), taps[layer]
+        return jnp.sum(class_logit(logits, window, target_class) * cotangent), taps[layer]
 
     gradient, activations = jax.grad(target, has_aux=True)(jnp.zeros(tap, jnp.float32))
     g, a = gradient[0], activations[0]

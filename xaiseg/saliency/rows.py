@@ -19,7 +19,7 @@ from jax import Array
 
 from xaiseg._types import Aggregator, Explainer, Info, Instance, LogitsFn, Progress, SaliencyMap
 from xaiseg.errors import InputError
-from xaiseg.inference import Box, StitchedPredictor, WindowPlan, cut, pad
+from xaiseg.inference import Box, StitchedPredictor, WindowPlan, class_logit, cut, pad
 
 # Windows kept linearised at once. A voxel lies in up to three per axis, since the last start is clamped (182 voxels: 0, 72, 86).
 _LINEARISED = 27
@@ -44,7 +44,6 @@ def jacobian_rows(aggregator: Aggregator, *, chunk: int | None = None, memory: i
         *,
         progress: Progress | None = None,
     ) -> tuple[list[SaliencyMap], list[Info]]:
-        predictor.classes(image.shape[-1])
         plan = predictor.plan(image.shape)
         linearised = _Linearised(predictor, plan, pad(image, plan))
         maps, infos = [], []
@@ -256,7 +255,7 @@ def linearise_window(
     logits_fn: LogitsFn, padded: Array, start: Array, window: tuple[int, ...], target_class: int
 ) -> Any:
     x = cut(padded, start, window)
-    _, pull = jax.vjp(lambda x: logits_fn(x[None])[0, ..., target_class], x)
+    _, pull = jax.vjp(lambda x: class_logit(logits_fn(x[None]), window, target_class), x)
     return pull
 
 
