@@ -30,6 +30,7 @@ def convert(
     norm: str | None = None,
     activation: str | None = None,
     patch_merging: str | None = None,
+    remat: bool = False,
     folds: Sequence[str] | None = None,
     checkpoint: str = "final",
     any_trainer: bool = False,
@@ -41,6 +42,7 @@ def convert(
     channels: input sequences in order; by default those of an nnU-Net's `dataset.json`, else FLAIR, T1w for two channels.
     window: sides of the sliding window in voxels, which only an nnU-Net's plans tell; one side is 1 for a 2-D network.
     strides, norm, activation, patch_merging: what keys do not tell, see `mapping.Given`; needed or assumed as the reader says.
+    remat: of a SwinUNETR: compute each block again in the backward pass instead of keeping its activations; slower, less memory.
     folds, checkpoint: of an nnU-Net: which folds (all), `final` or `best`. any_trainer: take a trainer that is not known to leave
       the network as planned. mirroring: average over the mirrorings that it was trained with.
     settings: other fields of `ModelSpec` (`overlap`, `threshold`, …).
@@ -49,8 +51,8 @@ def convert(
     """
     source = Path(source)
     if nnunet.recognise(source):
-        given = {"strides": strides, "norm": norm, "activation": activation, "patch_merging": patch_merging}
-        if useless := [name for name, value in given.items() if value is not None]:
+        told = {"strides": strides, "norm": norm, "activation": activation, "patch_merging": patch_merging}
+        if useless := [name for name, value in {**told, "remat": remat or None}.items() if value is not None]:
             option = useless[0].replace("_", "-")
             raise InputError(f"{source}: an nnU-Net, whose plans tell its network; leave out --{option}")
         return _from_nnunet(source, channels, window, folds, checkpoint, any_trainer, mirroring, settings)
@@ -59,14 +61,23 @@ def convert(
             f"{source}: not an nnU-Net result folder (plans.json, dataset.json, fold_*), which --fold, --checkpoint, "
             "--any-trainer and --no-mirroring are for; give that folder, or leave them out"
         )
-    return _from_state_dict(source, channels, window, Given(_tuple(strides), norm, activation, patch_merging), settings)
+    given = Given(_tuple(strides), norm, activation, patch_merging)
+    return _from_state_dict(source, channels, window, given, remat, settings)
 
 
 def _from_state_dict(
-    source: Path, channels: Sequence[str] | None, window: Sequence[int] | None, given: Given, settings: dict[str, Any]
+    source: Path,
+    channels: Sequence[str] | None,
+    window: Sequence[int] | None,
+    given: Given,
+    remat: bool,
+    settings: dict[str, Any],
 ) -> Model:
     state = read_state_dict(source)
     reading = _read(state, source, given)
+    if remat and reading.architecture != "swin_unetr":
+        raise InputError(f"{source}: a {reading.architecture}; --remat is for a SwinUNETR, leave it out")
+    options = {**reading.options, **({"remat": True} if remat else {})}
     if bad := [k for k, v in state.items() if not np.isfinite(as_float32(v)).all()]:
         raise InputError(f"{source}: {bad[0]} holds NaN or infinite values; the training that made it diverged")
     if channels is None:
@@ -85,7 +96,7 @@ def _from_state_dict(
         )
     description = {
         "architecture": reading.architecture,
-        "options": reading.options,
+        "options": options,
         "channels": list(channels),
         "window": list(window),
         "threshold": _THRESHOLDS[reading.architecture],

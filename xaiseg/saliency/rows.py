@@ -7,6 +7,7 @@ small part of the decoder: where the network can compute the logits of a tile al
 """
 
 import math
+import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
@@ -23,6 +24,8 @@ from xaiseg.inference import Box, StitchedPredictor, WindowPlan, class_logit, cu
 
 # Windows kept linearised at once. A voxel lies in up to three per axis, since the last start is clamped (182 voxels: 0, 72, 86).
 _LINEARISED = 27
+# Fewer where they outgrow a quarter of the memory: a window of a Swin UNETR keeps gigabytes. Those of one voxel are needed at once.
+_LINEARISED_SHARE = 4
 # On CPU a chunk whose temporaries outgrow this is slower per row than a smaller one: fresh pages cost more than batching saves.
 _CPU_WORKING_SET = 64 * 2**20
 _MAX_CHUNK = 128
@@ -45,7 +48,7 @@ def jacobian_rows(aggregator: Aggregator, *, chunk: int | None = None, memory: i
         progress: Progress | None = None,
     ) -> tuple[list[SaliencyMap], list[Info]]:
         plan = predictor.plan(image.shape)
-        linearised = _Linearised(predictor, plan, pad(image, plan))
+        linearised = _Linearised(predictor, plan, pad(image, plan), memory)
         maps, infos = [], []
         for instance in instances:
             groups = list(window_groups(plan, instance))
@@ -191,18 +194,26 @@ def _row_bytes(treedef: Any, leaves: tuple[jax.ShapeDtypeStruct, ...], window: t
 
 
 def _device_budget() -> int:
+    return max(_total_memory() // 2, 2**30)
+
+
+def _total_memory() -> int:
+    """Bytes of the device; on CPU, of the machine."""
     stats = jax.local_devices()[0].memory_stats() or {}
-    return max(int(stats.get("bytes_limit", 4 * 2**30)) // 2, 2**30)
+    return int(stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
 class _Linearised:
     """Pull-backs of windows of one volume, the last few kept: of the whole window, or of a tile of its logits."""
 
-    def __init__(self, predictor: StitchedPredictor, plan: WindowPlan, padded: Array) -> None:
+    def __init__(
+        self, predictor: StitchedPredictor, plan: WindowPlan, padded: Array, memory: int | None = None
+    ) -> None:
         self.plan = plan
         self.channels = padded.shape[-1]
         self._predictor, self._padded = predictor, padded
         self._kept: OrderedDict[tuple[int, ...], Any] = OrderedDict()
+        self._budget = memory if memory is not None else _total_memory() // _LINEARISED_SHARE
 
     def window(self, window: int) -> Any:
         p, start = self._predictor, self.plan.starts[window]
@@ -243,11 +254,16 @@ class _Linearised:
 
     def _keep(self, key: tuple[int, ...], make: Callable[[], Any]) -> Any:
         if key not in self._kept:
-            while len(self._kept) >= _LINEARISED:
+            while self._kept and (len(self._kept) >= _LINEARISED or self._full()):
                 self._kept.popitem(last=False)
             self._kept[key] = make()
         self._kept.move_to_end(key)
         return self._kept[key]
+
+    def _full(self) -> bool:
+        """Whether one more would outgrow the budget, all being as large as the last."""
+        newest = next(reversed(self._kept.values()))
+        return (len(self._kept) + 1) * sum(leaf.nbytes for leaf in jax.tree.leaves(newest)) > self._budget
 
 
 @partial(jax.jit, static_argnums=(3, 4))
