@@ -24,7 +24,10 @@ def _both_sides(padding: Sequence[int] | None, kernel_size: Sequence[int]) -> li
 
 
 class Conv(nn.Module):
-    """Convolution with symmetric padding, by default `(k - 1) // 2`. Parameters `kernel` `(*window, C_in, C_out)`, `bias` `(C_out,)`."""
+    """Convolution with symmetric padding, by default `(k - 1) // 2`.
+
+    Parameters `kernel` `(*window, C_in, C_out)` and `bias` `(C_out,)`.
+    """
 
     features: int
     kernel_size: Sequence[int]
