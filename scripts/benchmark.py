@@ -94,6 +94,11 @@ class Xaiseg:
     def forward(self) -> np.ndarray:
         return np.asarray(self.apply(self.logits_fn, self.x))
 
+    def gradient(self) -> np.ndarray:
+        """The input gradient of one logit, forward and backward in one program."""
+        one = self.jax.jit(self.jax.grad(lambda x, f: f(x[None])[(0, *ROW_VOXELS[0], 1)]))
+        return np.asarray(one(self.x, self.logits_fn))
+
     def linearise(self, tiled: bool = True) -> Any:
         """The pull-back as `explain` uses it, of a tile where the network has one, or of the window; with place and sides."""
         x, zero = self.x, np.zeros(3, np.int32)
@@ -172,13 +177,16 @@ def agree(what: str, ours: np.ndarray, theirs: np.ndarray) -> None:
 
 
 def memory(network: str, side: str) -> None:
-    """Run one side alone and print by how much its memory peaks above that of imports and weights, in MiB."""
+    """Run one side alone and print by how much its memory peaks above that of imports and weights, in MiB.
+
+    Of a window linearised and two rows (`torch`, `xaiseg`, `rows-remat`), or of an input gradient in one program (`gradient…`).
+    """
     theirs = Torch(network)
     state = state_of(theirs.net)
     torch, on_gpu = theirs.torch, theirs.device == "cuda"
     if side != "torch":
         del theirs
-        ours = Xaiseg(network, state, remat=side == "xaiseg-remat")
+        ours = Xaiseg(network, state, remat=side.endswith("remat"))
         before = 0
         if on_gpu:
             before = ours.jax.local_devices()[0].memory_stats()["bytes_in_use"]
@@ -192,7 +200,10 @@ def memory(network: str, side: str) -> None:
         theirs.rows(theirs.linearise(), count=2)
         peak = torch.cuda.max_memory_allocated() if on_gpu else _status("VmHWM") * 1024
     else:
-        ours.rows(ours.linearise(), count=2)
+        if side.startswith("gradient"):
+            ours.gradient()
+        else:
+            ours.rows(ours.linearise(), count=2)
         peak = ours.jax.local_devices()[0].memory_stats()["peak_bytes_in_use"] if on_gpu else _status("VmHWM") * 1024
     print((peak - before) // 2**20)
 
@@ -242,7 +253,9 @@ if __name__ == "__main__":
     parser.add_argument(
         "--layers", action="store_true", help="lowerings of each layer instead (minutes: native is slow on CPU)"
     )
-    parser.add_argument("--memory", choices=(*SIDES, "xaiseg-remat"), help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--memory", choices=(*SIDES, "gradient", "gradient-remat", "rows-remat"), help=argparse.SUPPRESS
+    )
     arguments = parser.parse_args()
     if arguments.memory:
         memory(arguments.network[0], arguments.memory)
@@ -256,12 +269,11 @@ if __name__ == "__main__":
         print(f"jax {jax.__version__}, torch {torch.__version__}, {torch.get_num_threads()} threads, {device}")
         for network in arguments.network:
             compare(network, arguments.repeats)
-            for name in (*SIDES, "xaiseg-remat") if network == "swin_unetr" else SIDES:
+            more = ("gradient", "gradient-remat", "rows-remat") if network == "swin_unetr" else ()
+            for name in (*SIDES, *more):
                 command = [sys.executable, __file__, "--network", network, "--memory", name]
                 # XLA's CPU scheduler trades memory for concurrency, and with it what rematerialisation saves; see the README
-                sequential = " --xla_cpu_enable_concurrency_optimized_scheduler=false" if name == "xaiseg-remat" else ""
+                sequential = " --xla_cpu_enable_concurrency_optimized_scheduler=false" if name in more else ""
                 flags = {**os.environ, "XLA_FLAGS": os.environ.get("XLA_FLAGS", "") + sequential}
                 done = subprocess.run(command, capture_output=True, text=True, check=True, env=flags)
-                print(
-                    f"peak memory of two rows beyond imports and weights, {name}: {done.stdout.strip()} MiB", flush=True
-                )
+                print(f"peak memory beyond imports and weights, {name}: {done.stdout.split()[-1]} MiB", flush=True)
