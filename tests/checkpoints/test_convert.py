@@ -1,8 +1,9 @@
-"""From a file or folder to a model that is saved, loaded and gives PyTorch's logits: every architecture, and what is asked of the user."""
+"""From a file or folder to a model that is saved, loaded and gives PyTorch's logits; what is asked of the user."""
 
 import json
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -25,13 +26,11 @@ def flat(x, window):
     [
         ("unet_batch", {}, "unet"),
         ("unet_residual2_batch", {}, "unet"),
-        ("unet_residual1_group_relu_nobias", {"norm": "group:2", "activation": "relu"}, "unet"),
+        ("unet_residual1_group_relu_nobias", {"norm": "group:2", "activation": "relu", "target_class": 1}, "unet"),
         ("unet_2d", {"target_class": 1}, "unet"),
         ("dynunet_residual", {}, "dynunet"),
-        ("dynunet_plain", {}, "dynunet"),
         ("dynunet_2d", {}, "dynunet"),
         ("swin_v1", {"patch_merging": "merging"}, "swin_unetr"),
-        ("swin_v2", {"patch_merging": "mergingv2"}, "swin_unetr"),
     ],
 )
 def test_a_checkpoint_becomes_a_model_folder(name, options, architecture, tmp_path):
@@ -43,7 +42,116 @@ def test_a_checkpoint_becomes_a_model_folder(name, options, architecture, tmp_pa
     model = convert(FIXTURES / f"{name}.pth", channels, window, **options)
     assert model.spec.architecture == architecture
     loaded = load_model(save_model(tmp_path / "m", model))
-    found = loaded.logits_fn(jnp.asarray(flat(x, window), jnp.float32))
+    found = jax.jit(lambda f, x: f(x))(loaded.logits_fn, jnp.asarray(flat(x, window), jnp.float32))
     np.testing.assert_allclose(found, flat(y, window), atol=1e-4)
     assert loaded.spec == model.spec
     assert model.spec.default_layer in model.taps()
+
+
+def state(name, prefix="", **changes):
+    """A fixture's tensors under names with a prefix, as a file that holds them."""
+    tensors = {f"{prefix}{k}": v for k, v in {**read_state_dict(FIXTURES / f"{name}.pth"), **changes}.items()}
+    return {k: Stored(v, "FloatStorage") for k, v in tensors.items() if v.dtype == np.float32}
+
+
+@pytest.mark.parametrize("prefix", ["net.", "network.", "module.model.", "_orig_mod.net."])
+def test_what_a_wrapper_puts_before_every_name(prefix, tmp_path):
+    path = write(tmp_path / "a.pth", {"state_dict": state("unet_batch", prefix)})
+    model = convert(path, window=(16, 16, 16))
+    expected = convert(FIXTURES / "unet_batch.pth", window=(16, 16, 16))
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), model.variables, expected.variables))
+
+
+def refusal(*args, **kwargs):
+    with pytest.raises(InputError) as caught:
+        convert(*args, **kwargs)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_what_was_assumed_is_kept_and_what_was_given_is_not(tmp_path):
+    source = FIXTURES / "unet_batch.pth"
+    assert convert(source, window=(16, 16, 16)).spec.notes["assumed"] == [
+        "strides 2 at every level (keys do not tell; --strides)"
+    ]
+    assert convert(source, window=(16, 16, 16), strides=(2, 2)).spec.notes["assumed"] == []
+
+
+def test_the_patch_merging_is_asked_for_with_its_choices():
+    text = refusal(FIXTURES / "swin_v1.pth", window=(64, 32, 1))
+    for choice in ("legacy", "merging", "mergingv2", "--patch-merging", "1.4"):
+        assert choice in text
+    spec = convert(FIXTURES / "swin_v1.pth", window=(64, 32, 1), patch_merging="legacy", remat=True).spec
+    assert (spec.options["patch_merging"], spec.options["remat"], spec.threshold) == ("legacy", True, 0.4)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("unet_batch", {"remat": True}, "a unet; --remat is for a SwinUNETR"),
+        ("unet_batch", {"checkpoint": "best"}, "not an nnU-Net result folder"),
+        ("unet_batch", {"any_trainer": True}, "not an nnU-Net result folder"),
+        ("swin_v1", {"patch_merging": "merging", "window": (64, 48, 1)}, "multiple of 32"),
+        ("unet_batch", {"norm": "instance"}, "norm"),
+    ],
+)
+def test_options_that_do_not_fit(name, options, message):
+    assert message in refusal(FIXTURES / f"{name}.pth", **{"window": (32, 32, 32), **options})
+
+
+def test_an_nnunet_checkpoint_without_its_folder(tmp_path):
+    source = FIXTURES / "nnunet_plain" / "fold_0" / "checkpoint_final.pth"
+    alone = tmp_path / "checkpoint_final.pth"
+    alone.write_bytes(source.read_bytes())
+    assert "give its result folder, with plans.json and dataset.json" in refusal(alone, window=(16, 16, 16))
+
+
+def test_an_nnunet_becomes_an_ensemble(tmp_path):
+    model = convert(FIXTURES / "nnunet_plain")
+    spec = model.spec
+    assert (spec.members, spec.tiling, spec.overlap, spec.threshold) == (("fold_0", "fold_1"), "nnunet", 0.5, None)
+    assert (spec.channels, spec.window, spec.target_class) == (("FLAIR", "T1w"), (4, 8, 12), 1)
+    assert spec.notes["folds"] == ["fold_0", "fold_1"]
+    loaded = load_model(save_model(tmp_path / "m", model))
+    assert loaded.spec == spec
+    arrays = np.load(FIXTURES / "nnunet_plain" / "expected.npz")
+    single = loaded.with_spec(mirror_axes=())
+    found = jax.jit(lambda f, x: f(x))(single.logits_fn, jnp.asarray(arrays["x"], jnp.float32))
+    expected = (arrays["fold_0_y"] + arrays["fold_1_y"]) / 2
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_one_fold_is_a_single_network():
+    spec = convert(FIXTURES / "nnunet_plain", folds=["1"], mirroring=False).spec
+    assert (spec.members, spec.mirror_axes) == ((), ())
+
+
+def test_among_regions_one_must_be_chosen():
+    assert "2 classes (0 whole, 1 core); name the lesion's with --target-class" in refusal(FIXTURES / "nnunet_residual")
+    spec = convert(FIXTURES / "nnunet_residual", target_class=0).spec
+    assert (spec.output_activation, spec.target_class) == ("sigmoid", 0)
+
+
+@pytest.mark.parametrize(
+    "options", [{"strides": (2, 2)}, {"norm": "batch"}, {"patch_merging": "merging"}, {"remat": True}]
+)
+def test_an_nnunets_plans_tell_its_network(options):
+    (name,) = options
+    assert f"leave out --{name.replace('_', '-')}" in refusal(FIXTURES / "nnunet_plain", **options)
+
+
+def test_channels_of_an_nnunet_may_be_renamed():
+    assert convert(FIXTURES / "nnunet_plain", ["FLAIR", "MPRAGE"]).spec.channels == ("FLAIR", "MPRAGE")
+    assert "2 input channels, --channels names 1" in refusal(FIXTURES / "nnunet_plain", ["FLAIR"])
+
+
+def test_a_plan_that_is_edited_by_hand_is_checked(tmp_path, capsys):
+    folder = save_model(tmp_path / "m", convert(FIXTURES / "nnunet_plain", folds=["0"]))
+    content = json.loads((folder / "model.json").read_text())
+    content["preprocessing"]["spacing"] = [1, 1]
+    content["preprocessing"]["normalisation"] = ["Histogram", "NoNormalization"]
+    (folder / "model.json").write_text(json.dumps(content))
+    assert main(["inspect", str(folder)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "model.json" in line
+    assert "normalisation" in line
