@@ -6,9 +6,9 @@ The README shows its use in ten lines; `_types` holds the shapes of the parts.
 from xaiseg._types import Aggregator, Explainer, Info, Instance, LogitsFn, SaliencyMap, TappedFn
 from xaiseg._version import __version__
 from xaiseg.checkpoints import convert, load_model, save_model
-from xaiseg.cohort import Request, Settings, explain, segment
+from xaiseg.cohort import Request, Settings, explain, load_scan, segment
 from xaiseg.errors import InputError
-from xaiseg.imaging import Case, Scan, load_scan, read_input
+from xaiseg.imaging import Case, Scan, read_input
 from xaiseg.inference import StitchedPredictor
 from xaiseg.instances import instances_of, label_components, match_instances
 from xaiseg.models import DynUNet, Model, ModelSpec, PlainConvUNet, ResidualEncoderUNet, SwinUNETR, UNet

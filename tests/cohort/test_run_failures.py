@@ -52,7 +52,7 @@ def test_a_failing_case_is_recorded_and_the_others_complete(
 def test_a_case_that_fails_while_explained_leaves_no_file(
     explain: Explain, cohort: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    load, seen = run.load, []
+    load, seen = run.load_scan, []
 
     def vanished(case: Any, *arguments: Any) -> Any:
         seen.append(case.name)
@@ -60,7 +60,7 @@ def test_a_case_that_fails_while_explained_leaves_no_file(
             raise InputError("sub-02_FLAIR.nii.gz: does not exist")
         return load(case, *arguments)
 
-    monkeypatch.setattr(run, "load", vanished)
+    monkeypatch.setattr(run, "load_scan", vanished)
     out = explain("out", source=cohort, status=1)
     assert [row["status"] for row in table(out / "cases.tsv")] == ["done", "failed", "done"]
     assert not [name for name in snapshot(out) if "sub-02" in name]

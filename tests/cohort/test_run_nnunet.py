@@ -17,7 +17,7 @@ from tiny import CASE, CHANNELS, SHAPE, stored, table, volumes, write_case, writ
 from xaiseg._types import Instance
 from xaiseg.checkpoints import load_model
 from xaiseg.cli import main
-from xaiseg.cohort.work import Request, load
+from xaiseg.cohort.work import load_scan
 from xaiseg.imaging import read_input
 from xaiseg.inference import StitchedPredictor
 from xaiseg.saliency import jacobian_rows, signed_max
@@ -89,7 +89,7 @@ def test_maps_are_those_of_the_network_and_placed_where_it_saw_them(run, model, 
     """Rows of the predictor on the preprocessed image, voxel by voxel through `jax.jacrev`, found again by world coordinates."""
     loaded = load_model(model)
     (case,) = read_input(cases, CHANNELS)
-    scan = load(case, loaded, Request(cases, run))
+    scan = load_scan(case, loaded.spec)
     assert scan.image.shape[:3] != scan.stored_grid.shape
     labels = scan.labels_to_image(scan.labels(case.instances))
     predictor = replace(StitchedPredictor.of(loaded), scan=True)  # the network once in the program, not once per window
@@ -147,7 +147,7 @@ def test_instances_of_a_map_and_instances_given_to_the_api_agree(model, cases, r
     """The API on the preprocessed image gives the command's map."""
     loaded = load_model(model)
     (case,) = read_input(cases, CHANNELS)
-    scan = load(case, loaded, Request(cases, run))
+    scan = load_scan(case, loaded.spec)
     voxels = np.argwhere(scan.labels_to_image(scan.labels(case.instances)) == 7).astype(np.int32)
     explain = jacobian_rows(signed_max())
     predictor = StitchedPredictor.of(loaded)

@@ -27,7 +27,7 @@ pytest.importorskip("nnunetv2", reason="needs nnunetv2, see .ci/run")
 from xaiseg._types import Instance  # noqa: E402
 from xaiseg.checkpoints import load_model  # noqa: E402
 from xaiseg.cli import main  # noqa: E402
-from xaiseg.cohort.work import Request, load  # noqa: E402
+from xaiseg.cohort.work import load_scan  # noqa: E402
 from xaiseg.imaging import read_input  # noqa: E402
 from xaiseg.inference import StitchedPredictor  # noqa: E402
 from xaiseg.saliency import jacobian_rows, signed_max  # noqa: E402
@@ -152,7 +152,7 @@ def test_logits_of_the_ensemble(predictor, model, manifest):
     assert model.spec.members == ("fold_0", "fold_1")
     assert len(model.spec.mirror_axes) > 0
     (case,) = read_input(manifest, model.spec.channels)
-    ours = load(case, model, Request(manifest, _HOME / "out"))
+    ours = load_scan(case, model.spec)
     reader = predictor.plans_manager.image_reader_writer_class()
     image, properties = read(manifest, reader)
     preprocessor = predictor.configuration_manager.preprocessor_class(verbose=False)
@@ -191,7 +191,7 @@ def test_segmentation_on_the_grid_of_the_input(predictor, model, manifest):
 def test_rows_pass_through_folds_mirrors_and_windows(predictor, model, manifest):
     """Its network, folds, mirrorings and windows added up in PyTorch: its own predictor cannot be differentiated."""
     (case,) = read_input(manifest, model.spec.channels)
-    image = load(case, model, Request(manifest, _HOME / "out")).image
+    image = load_scan(case, model.spec).image
     ours = StitchedPredictor.of(model)
     plan = ours.plan(image.shape)
     middle = tuple(n // 2 for n in image.shape[:3])

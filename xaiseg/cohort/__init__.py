@@ -2,6 +2,6 @@
 
 from xaiseg.cohort.methods import METHODS, Settings
 from xaiseg.cohort.run import explain, segment
-from xaiseg.cohort.work import Request
+from xaiseg.cohort.work import Request, load_scan
 
-__all__ = ["METHODS", "Request", "Settings", "explain", "segment"]
+__all__ = ["METHODS", "Request", "Settings", "explain", "load_scan", "segment"]

@@ -7,7 +7,7 @@ import jax
 
 from xaiseg.cohort.explaining import seconds_per_row
 from xaiseg.cohort.methods import Method
-from xaiseg.cohort.work import Print, Request, Work, load
+from xaiseg.cohort.work import Print, Request, Work, load_scan
 from xaiseg.imaging import Case, check_header
 from xaiseg.inference import StitchedPredictor
 from xaiseg.models import Model
@@ -24,7 +24,7 @@ def say_plan(
     """Print what is about to be done and what it will take; returns the units of the progress bar."""
     busy = [work for work in works if work.instances]
     smallest = min(busy, key=lambda work: math.prod(work.volume_shape))
-    scan = load(smallest.case, model, request)
+    scan = load_scan(smallest.case, model.spec, request.resample)
     lesions = sum(len(work.instances) for work in busy)
     left_out = sum(work.present for work in works) - lesions
     units, seconds = 0, 0.0

@@ -20,7 +20,7 @@ from xaiseg.cohort.output import OutputFolder
 from xaiseg.cohort.plan import nothing_to_explain, say_plan, window_count
 from xaiseg.cohort.records import case_line, lesion_columns, write_lesions, write_log, write_sidecar
 from xaiseg.cohort.segmentation import Segmentation, Target, chosen_instances, on_image, segment_scan, target_of
-from xaiseg.cohort.work import Print, Request, Work, load
+from xaiseg.cohort.work import Print, Request, Work, load_scan
 from xaiseg.errors import InputError
 from xaiseg.imaging import Case, Scan, preflight, read_input, select_cases
 from xaiseg.inference import StitchedPredictor
@@ -118,7 +118,7 @@ def _segment_all(
         for work in works:
             case, begun = work.case, time.perf_counter()
             with _recording(work, output, alone=len(works) == 1):
-                scan = load(case, model, request)
+                scan = load_scan(case, model.spec, request.resample)
                 segmentation = segment_scan(predictor, model.spec, scan, case, lambda: bar.update(1))
                 target = target_of(source, segmentation, scan, case)
                 _describe(work, scan, segmentation, target, request)
@@ -175,7 +175,7 @@ def _explain_case(
 ) -> None:
     begun = time.perf_counter()
     case = work.case
-    scan = load(case, model, request)
+    scan = load_scan(case, model.spec, request.resample)
     key = case_key(settings.seed, case.name)
     by_label = {row["lesion"]: row for row in work.lesion_rows}
     memory = settings.memory or int(_physical_memory() * _MAPS_FRACTION)

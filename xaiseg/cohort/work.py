@@ -5,10 +5,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from xaiseg import imaging
 from xaiseg._types import Instance
-from xaiseg.imaging import Case, Scan, load_scan
+from xaiseg.imaging import Case, Scan
 from xaiseg.imaging.nnunet import NnunetPreprocessing
-from xaiseg.models import Model
+from xaiseg.models import ModelSpec
 
 Print = Callable[[str], Any]
 
@@ -28,13 +29,13 @@ class Request:
     dry_run: bool = False
 
 
-def load(case: Case, model: Model, request: Request) -> Scan:
-    """The scan of a case as the model takes it."""
-    spec = model.spec
-    plan = None
-    if spec.normalisation == "nnunet":
-        plan = NnunetPreprocessing.from_dict(spec.preprocessing, "model.json")
-    return load_scan(case, spec.channels, spec.orientation, request.resample, plan)
+def load_scan(case: Case, spec: ModelSpec, resample: bool = False) -> Scan:
+    """The scan of a case as the model of `spec` takes it. `resample`: bring other channels onto the first channel's grid.
+
+    Raises InputError where a file cannot be used, or the channels are on different grids.
+    """
+    plan = NnunetPreprocessing.from_dict(spec.preprocessing, "model.json") if spec.normalisation == "nnunet" else None
+    return imaging.load_scan(case, spec.channels, spec.orientation, resample, plan)
 
 
 @dataclass
