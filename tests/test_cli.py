@@ -342,6 +342,8 @@ def test_convert_onto_an_existing_folder(model: Path, refused: Refused) -> None:
         ("unet_batch.pth", ["--window", "16,16,16", "--strides", "2"], "2 levels, 1 stride"),
         ("unet_batch.pth", ["--window", "16,16,16", "--no-mirroring"], "not an nnU-Net result folder"),
         ("unet_batch.pth", ["--window", "16,16,16", "--fold", "0"], "not an nnU-Net result folder"),
+        ("unet_batch.pth", ["--window", "16,16,16", "--remat"], "--remat is for a SwinUNETR"),
+        ("swin_v1.pth", ["--window", "64,32,1"], "--patch-merging"),
         ("unet_batch.pth", ["--window", "16,16,15"], "multiple of"),
         ("unet_batch.pth", ["--channels", "FLAIR"], "2 input channels"),
         ("unet_batch.pth", ["--window", "16,16,16", "--channels", "FLAIR,FLAIR"], "different names"),
@@ -367,7 +369,9 @@ def test_convert_refuses_another_architecture(refused: Refused, tmp_path: Path) 
             data = source.read(item)
             # Same length, so that the pickle stays valid: a state dict with keys of no U-Net.
             target.writestr(item.filename, data.replace(b"model.", b"layer."))
-    assert "not a network that can be converted (MONAI UNet, " in refused("convert", tmp_path / "vit.pth", tmp_path / "out")
+    assert "not a network that can be converted (MONAI UNet, " in refused(
+        "convert", tmp_path / "vit.pth", tmp_path / "out"
+    )
 
 
 def test_convert_runs_no_code(refused: Refused, tmp_path: Path) -> None:

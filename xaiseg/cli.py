@@ -43,6 +43,7 @@ def _convert(arguments: argparse.Namespace) -> int:
         "norm",
         "activation",
         "patch_merging",
+        "remat",
         "folds",
         "overlap",
         "threshold",
@@ -146,6 +147,12 @@ def _parser() -> argparse.ArgumentParser:
         "--patch-merging",
         choices=("legacy", "merging", "mergingv2"),
         help="of a SwinUNETR, which keys do not tell (its error message explains the three)",
+    )
+    convert.add_argument(
+        "--remat",
+        action="store_true",
+        default=None,
+        help="of a SwinUNETR: recompute its blocks, slower and in less memory",
     )
     convert.add_argument(
         "--fold", dest="folds", type=_names, metavar="0,1", help="of an nnU-Net (all there are, averaged)"

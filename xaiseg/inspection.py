@@ -184,7 +184,7 @@ def _plain(value: Any) -> str:
     if isinstance(value, list | tuple) and any(isinstance(v, str) and " " in v for v in value):
         return "; ".join(map(str, value))
     if isinstance(value, list | tuple):
-        return " ".join(f"({_plain(v)})" if isinstance(v, list | tuple) else str(v) for v in value)
+        return " ".join(f"({_plain(v)})" if isinstance(v, list | tuple | Mapping) else str(v) for v in value)
     return str(value)
 
 

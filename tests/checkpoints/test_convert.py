@@ -69,12 +69,45 @@ def refusal(*args, **kwargs):
     return str(caught.value)
 
 
-def test_what_was_assumed_is_kept_and_what_was_given_is_not(tmp_path):
+def test_what_was_assumed_is_kept_and_what_was_given_is_not():
     source = FIXTURES / "unet_batch.pth"
-    assert convert(source, window=(16, 16, 16)).spec.notes["assumed"] == [
-        "strides 2 at every level (keys do not tell; --strides)"
-    ]
-    assert convert(source, window=(16, 16, 16), strides=(2, 2)).spec.notes["assumed"] == []
+    strides = "strides 2 at every level (keys do not tell; --strides)"
+    others = ["channels FLAIR, T1w (--channels)", "threshold 0.3, the paper's for this architecture (--threshold)"]
+    assert convert(source, window=(16, 16, 16)).spec.notes["assumed"] == [strides, *others]
+    given = {"strides": (2, 2), "threshold": 0.5}
+    assert convert(source, ["A", "B"], (16, 16, 16), **given).spec.notes["assumed"] == []
+
+
+@pytest.mark.parametrize("nested", [{"model": {"state_dict": 1}}, {"state_dict": {"model": {"net": 1}}}])
+def test_a_state_dict_deep_inside_a_file(nested, tmp_path):
+    def fill(content):
+        return state("unet_batch", "net.module.") if content == 1 else {k: fill(v) for k, v in content.items()}
+
+    assert convert(write(tmp_path / "a.pth", fill(nested)), window=(16, 16, 16)).parameter_count > 0
+
+
+@pytest.mark.parametrize("part", ["half", "extra"])
+def test_mixed_prefixes(part, tmp_path):
+    tensors = state("unet_batch", "net.")
+    if part == "half":
+        tensors = {k.removeprefix("net.") if i % 2 else k: v for i, (k, v) in enumerate(tensors.items())}
+    else:
+        tensors["criterion.weight"] = Stored(np.ones(2, np.float32), "FloatStorage")
+    text = refusal(write(tmp_path / "a.pth", tensors), window=(16, 16, 16))
+    assert "mixed prefixes" in text
+    assert "called net.…" in text
+    assert "save the state dict of the network alone" in text
+
+
+def test_one_logit_has_a_sigmoid(tmp_path):
+    """A network of one class, cut out of the fixture's two."""
+    source = read_state_dict(FIXTURES / "unet_batch.pth")
+    one = {
+        "model.2.conv.weight": source["model.2.conv.weight"][:, :1],
+        "model.2.conv.bias": source["model.2.conv.bias"][:1],
+    }
+    spec = convert(write(tmp_path / "a.pth", state("unet_batch", **one)), window=(16, 16, 16)).spec
+    assert (spec.output_activation, spec.target_class) == ("sigmoid", 0)
 
 
 def test_the_patch_merging_is_asked_for_with_its_choices():
@@ -93,6 +126,13 @@ def test_the_patch_merging_is_asked_for_with_its_choices():
         ("unet_batch", {"any_trainer": True}, "not an nnU-Net result folder"),
         ("swin_v1", {"patch_merging": "merging", "window": (64, 48, 1)}, "multiple of 32"),
         ("unet_batch", {"norm": "instance"}, "norm"),
+        (
+            "unet_batch",
+            {"patch_merging": "legacy"},
+            "a MONAI UNet, whose keys leave no such choice; leave out --patch-merging",
+        ),
+        ("dynunet_residual", {"patch_merging": "legacy"}, "leave out --patch-merging"),
+        ("swin_v1", {"patch_merging": "legacy", "strides": (2, 2)}, "leave out --strides"),
     ],
 )
 def test_options_that_do_not_fit(name, options, message):
@@ -143,6 +183,8 @@ def test_an_nnunets_plans_tell_its_network(options):
 def test_channels_of_an_nnunet_may_be_renamed():
     assert convert(FIXTURES / "nnunet_plain", ["FLAIR", "MPRAGE"]).spec.channels == ("FLAIR", "MPRAGE")
     assert "2 input channels, --channels names 1" in refusal(FIXTURES / "nnunet_plain", ["FLAIR"])
+    assert "in the order FLAIR, T1w; --channels only renames" in refusal(FIXTURES / "nnunet_plain", ["T1w", "FLAIR"])
+    assert "leave out --orientation" in refusal(FIXTURES / "nnunet_plain", orientation="LAS")
 
 
 def test_a_plan_that_is_edited_by_hand_is_checked(tmp_path, capsys):

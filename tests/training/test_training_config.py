@@ -38,7 +38,7 @@ def test_settings_take_the_type_of_their_field() -> None:
         ("unet", "learning_rate=nan", "config: learning_rate is nan, expected a positive number"),
         ("unet", "schedule=linear", "config: schedule is 'linear', expected one of constant"),
         ("unet", "patch=96,96", "config: patch is (96, 96), expected three positive"),
-        ("unet", "patch=40,40,40", "config: patch is (40, 40, 40): a grid of (40, 40, 40) cannot be halved"),
+        ("unet", "patch=40,40,40", "config: patch is (40, 40, 40): a grid of (40, 40, 40) does not fit"),
         ("unet", "window=40,40,40", "training config: not a network that can be built"),
         ("unet", "patch=96,96,64", "config: quarter_turns is 0.5, expected 0 unless the patch is a cube"),
         ("unet", "thresholds=0.5,1.5", "training config: threshold is 1.5"),

@@ -16,6 +16,8 @@ from xaiseg.errors import InputError
 from xaiseg.models import Model
 
 _READERS = {"MONAI UNet": monai_unet, "MONAI DynUNet": monai_dynunet, "MONAI SwinUNETR": monai_swin_unetr}
+# What a training script's own class puts before the names of the network it holds.
+_WRAPPERS = ("net.", "network.", "model.", "_model.", "module.")
 _TWO_CHANNELS = ("FLAIR", "T1w")
 # Thresholds of the paper; the last two were tuned to 0.4.
 _THRESHOLDS = {"unet": 0.3, "dynunet": 0.4, "swin_unetr": 0.4}
@@ -80,7 +82,9 @@ def _from_state_dict(
     options = {**reading.options, **({"remat": True} if remat else {})}
     if bad := [k for k, v in state.items() if not np.isfinite(as_float32(v)).all()]:
         raise InputError(f"{source}: {bad[0]} holds NaN or infinite values; the training that made it diverged")
+    assumed = list(reading.assumed)
     if channels is None:
+        assumed.append(f"channels {', '.join(_TWO_CHANNELS)} (--channels)")
         if reading.c_in != len(_TWO_CHANNELS):
             raise InputError(
                 f"{source}: the network has {reading.c_in} input channels; name them in order with --channels"
@@ -94,35 +98,68 @@ def _from_state_dict(
         raise InputError(
             f"{source}: a checkpoint does not tell the size of its window; give that of its training, --window {sides}"
         )
+    threshold = _THRESHOLDS[reading.architecture]
+    if "threshold" not in settings:
+        assumed.append(f"threshold {threshold}, the paper's for this architecture (--threshold)")
     description = {
         "architecture": reading.architecture,
         "options": options,
         "channels": list(channels),
         "window": list(window),
-        "threshold": _THRESHOLDS[reading.architecture],
+        "threshold": threshold,
+        "output_activation": "softmax" if reading.c_out > 1 else "sigmoid",
         "target_class": 1 if reading.c_out > 1 else 0,
         "default_layer": reading.default_layer,
         "source": source.name,
         "source_sha256": hashlib.sha256(source.read_bytes()).hexdigest(),
-        "notes": {"assumed": list(reading.assumed)},
+        "notes": {"assumed": assumed},
         **settings,
     }
     return Model(spec_from_dict(description, str(source)), jax.tree.map(jax.numpy.asarray, reading.variables))
 
 
 def _read(state: State, source: Path, given: Given) -> Reading:
-    """The first reader that knows the keys, as they are or without what all of them begin with (a wrapper's attribute)."""
-    for candidate in (state, _without_common_prefix(state)):
-        for module in _READERS.values():
-            if module.recognise(candidate):
-                return module.read(candidate, str(source), given)
-    some = ", ".join(list(state)[:3])
-    if any(key.startswith(("encoder.stages.", "decoder.stages.")) for key in state):
+    """The reading of the first architecture that knows the keys, without what wrappers put before every name."""
+    candidate = state
+    while True:
+        _check_mixture(candidate, source)
+        if (what := _recognised(candidate)) is not None:
+            break
+        if (shorter := _without_common_prefix(candidate)) is candidate:
+            raise InputError(_unknown(state, source))
+        candidate = shorter
+    module = _READERS[what]
+    if useless := [f for f in Given._fields if getattr(given, f) is not None and f not in module.USES]:
         raise InputError(
+            f"{source}: a {what}, whose keys leave no such choice; leave out --{useless[0].replace('_', '-')}"
+        )
+    return module.read(candidate, str(source), given)
+
+
+def _recognised(state: State) -> str | None:
+    return next((what for what, module in _READERS.items() if module.recognise(state)), None)
+
+
+def _check_mixture(state: State, source: Path) -> None:
+    """Raise InputError where a network lies under the name of a wrapper and other tensors beside it."""
+    for wrapper in _WRAPPERS:
+        inside = {k.removeprefix(wrapper): v for k, v in state.items() if k.startswith(wrapper)}
+        others = [k for k in state if not k.startswith(wrapper)]
+        if inside and others and (what := _recognised(inside)) is not None:
+            raise InputError(
+                f"{source}: mixed prefixes: {len(inside)} tensors of a {what} are called {wrapper}…, {len(others)} others are not "
+                f"({', '.join(others[:3])}); save the state dict of the network alone"
+            )
+
+
+def _unknown(state: State, source: Path) -> str:
+    if any(key.startswith(("encoder.stages.", "decoder.stages.")) for key in state):
+        return (
             f"{source}: an nnU-Net checkpoint; give its result folder, with plans.json and dataset.json beside fold_*"
         )
-    raise InputError(
-        f"{source}: not a network that can be converted ({', '.join(_READERS)}, nnU-Net); its first keys are {some}"
+    return (
+        f"{source}: not a network that can be converted ({', '.join(_READERS)}, nnU-Net); its first keys are "
+        f"{', '.join(list(state)[:3])}; a network of your own can be explained from Python, see the README"
     )
 
 
@@ -143,7 +180,14 @@ def _from_nnunet(
     mirroring: bool,
     settings: dict[str, Any],
 ) -> Model:
+    if "orientation" in settings:
+        raise InputError(f"{source}: an nnU-Net, whose plans tell the orientation; leave out --orientation")
     reading = nnunet.read(source, folds, checkpoint, any_trainer)
+    if channels is not None and set(channels) == set(reading.channels) and tuple(channels) != tuple(reading.channels):
+        raise InputError(
+            f"{source}: its dataset.json has the channels in the order {', '.join(reading.channels)}; --channels only renames "
+            "them: leave it out, the manifest's columns may come in any order"
+        )
     channels = reading.channels if channels is None else channels
     _check_channels(source, channels, len(reading.channels))
     if reading.target_class is None:
@@ -168,7 +212,12 @@ def _from_nnunet(
         "default_layer": reading.default_layer,
         "source": source.resolve().name,
         "source_sha256": _digest(reading.source_files),
-        "notes": {**reading.notes, "folds": list(reading.members), "classes": list(reading.classes)},
+        "notes": {
+            **reading.notes,
+            "folds": list(reading.members),
+            "classes": list(reading.classes),
+            "dataset_channels": list(reading.channels),
+        },
         **settings,
     }
     variables = reading.members if ensemble else first

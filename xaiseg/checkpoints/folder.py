@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 import shutil
 import tempfile
 from pathlib import Path
@@ -203,9 +204,20 @@ def spec_from_dict(content: dict[str, Any], source: str) -> ModelSpec:
     try:
         classes, taps = outputs(spec)
     except (ValueError, TypeError, ZeroDivisionError) as error:
-        raise InputError(f"{source}: not a network that can be built: {error}") from error
+        raise InputError(
+            f"{source}: not a network that can be built: {error}; change the window or the network's options"
+        ) from error
+    if str(spec.options.get("norm", "")).startswith("instance"):
+        for name, (*grid, _) in taps.items():
+            if math.prod(grid) == 1:
+                raise InputError(
+                    f"{source}: a window of {spec.window} leaves one voxel at {name}, where an instance norm gives nothing but "
+                    "zeros; give a larger window"
+                )
     if spec.target_class not in range(classes):
-        raise InputError(f"{source}: target_class is {spec.target_class!r}, expected 0 to {classes - 1}")
+        raise InputError(
+            f"{source}: target_class is {spec.target_class!r}, expected 0 to {classes - 1}, see --target-class"
+        )
     if spec.default_layer not in taps:
         raise InputError(f"{source}: default_layer is {spec.default_layer!r}, expected one of {', '.join(taps)}")
     return spec

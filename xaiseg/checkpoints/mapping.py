@@ -117,7 +117,10 @@ def check_keys(state: State, wanted: Mapping[str, tuple[int, ...]], source: str,
     ]
     if problems:
         more = f"; and {len(problems) - 12} more" if len(problems) > 12 else ""
-        raise InputError(f"{source}: does not fit {what}: {'; '.join(problems[:12])}{more}")
+        raise InputError(
+            f"{source}: does not fit {what}: {'; '.join(problems[:12])}{more}; "
+            "expected exactly the tensors of that network: save its own state dict, unchanged"
+        )
 
 
 def as_float32(tensor: np.ndarray) -> np.ndarray:

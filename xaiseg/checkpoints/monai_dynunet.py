@@ -31,6 +31,9 @@ _OURS = re.compile(r"skip_layers\.|input_block\.conv|downsamples\.\d+\.conv|upsa
 _ALIAS = re.compile(r"skip_layers((?:\.next_layer)*)\.(?:(downsample|upsample|super_head)\.)?(.+)")
 _OUTPUT = "output_block.conv.conv"
 
+# The fields of `Given` that this reader takes.
+USES = ("strides", "norm", "activation")
+
 
 def recognise(state: State) -> bool:
     """Whether the keys are those of a MONAI DynUNet, complete or not."""

@@ -31,6 +31,9 @@ _CONV_NORM = re.compile(r"(encoder\d+\.layer|decoder\d\.conv_block)\.norm\d\.(\w
 # What each kind of parameters that a norm leaves in the file can mean; the first is taken unless the caller knows better.
 _NORMS = {"none": ("instance", "none"), "affine": ("instance_affine", "group:"), "running": ("batch",)}
 
+# The fields of `Given` that this reader takes.
+USES = ("norm", "patch_merging")
+
 
 def recognise(state: State) -> bool:
     """Whether the keys are those of a MONAI SwinUNETR, complete or not, or of its self-supervised encoder."""

@@ -27,6 +27,9 @@ from xaiseg.checkpoints.mapping import (
 from xaiseg.errors import InputError
 from xaiseg.models.layers import ACTIVATIONS, check_norm
 
+# The fields of `Given` that this reader takes.
+USES = ("strides", "norm", "activation")
+
 
 def recognise(state: State) -> bool:
     """Whether the keys are those of a MONAI UNet, complete or not."""
@@ -47,7 +50,10 @@ def read(state: State, source: str, given: Given) -> Reading:
     first, up = ("conv.unit0.conv.weight", "model.2.0.conv.weight") if units else ("conv.weight", "model.2.conv.weight")
     down = [*(f"{_path(level)}.0.{first}" for level in range(levels)), f"{_path(levels)}.{first}"]
     if missing := [key for key in (*down, up) if key not in state]:
-        raise InputError(f"{source}: not a complete MONAI UNet: {'; '.join(f'missing {key}' for key in missing)}")
+        raise InputError(
+            f"{source}: not a complete MONAI UNet: {'; '.join(f'missing {key}' for key in missing)}; "
+            "another network of MONAI's with such names cannot be converted, an incomplete file must be saved again"
+        )
     if odd := [key for key in (*down, up) if state[key].ndim not in (4, 5)]:
         raise InputError(f"{source}: not a MONAI UNet: {odd[0]} has shape {state[odd[0]].shape}, expected 4 or 5 axes")
 

@@ -101,6 +101,10 @@ def _configuration(plans: Mapping[str, Any], name: str, source: str, heirs: tupl
     parent = content.pop("inherits_from", None)
     if parent is None:
         return content
+    if not isinstance(parent, str):
+        raise InputError(
+            f"{source}: configuration {name!r} inherits_from {parent!r}, expected a name; take the original file"
+        )
     if parent in (*heirs, name):
         raise InputError(f"{source}: configuration {name!r} inherits from itself; take the original file")
     return _configuration(plans, parent, source, (*heirs, name)) | content

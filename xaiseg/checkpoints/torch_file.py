@@ -44,9 +44,11 @@ def read_state_dict(path: str | Path) -> dict[str, np.ndarray]:
     dict, or one in which some names have a prefix and others have not.
     """
     content = read_checkpoint(path)
-    for wrapper in _WRAPPERS:
-        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
-            content = content[wrapper]
+    while isinstance(content, Mapping):
+        held = [content[wrapper] for wrapper in _WRAPPERS if isinstance(content.get(wrapper), Mapping)]
+        if not held:
+            break
+        content = held[0]
     if not isinstance(content, Mapping) or not any(isinstance(v, np.ndarray) for v in content.values()):
         raise InputError(f"{path}: holds no state dict (a mapping from names to tensors); save `model.state_dict()`")
     return strip_prefixes({str(k): v for k, v in content.items() if isinstance(v, np.ndarray)}, str(path))
@@ -95,7 +97,8 @@ def _strip(name: str) -> str:
 
 def _load(path: Path) -> Any:
     if not path.is_file():
-        raise InputError(f"{path}: {'is a folder, expected' if path.is_dir() else 'no such'} checkpoint file")
+        found = "is a folder, expected" if path.is_dir() else "no such"
+        raise InputError(f"{path}: {found} checkpoint file; give a .pth file, or the result folder of an nnU-Net")
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()

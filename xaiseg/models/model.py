@@ -109,16 +109,19 @@ def slice_axis(spec: ModelSpec) -> int | None:
     return spec.window.index(1)
 
 
-def outputs(spec: ModelSpec) -> tuple[int, list[str]]:
-    """Classes and names of the taps of a spec's network. Raises ValueError or TypeError where it cannot be built."""
-    order: list[str] = []
+def outputs(spec: ModelSpec) -> tuple[int, dict[str, tuple[int, ...]]]:
+    """Classes of a spec's network, and its taps in order with their shapes `(*grid, features)`.
+
+    Raises ValueError or TypeError where it cannot be built.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
 
     def init(key: Array, x: Array) -> Array:
         (logits, taps), _ = build_network(spec).init_with_output(key, x)
-        order.extend(taps)
+        shapes.update((name, tap.shape[1:]) for name, tap in taps.items())
         return logits
 
-    return jax.eval_shape(init, jax.random.key(0), _grid(spec)).shape[-1], order
+    return jax.eval_shape(init, jax.random.key(0), _grid(spec)).shape[-1], shapes
 
 
 def expected_variables(spec: ModelSpec) -> Variables:

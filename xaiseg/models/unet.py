@@ -66,7 +66,7 @@ class UNet(nn.Module):
         steps = [self._per_axis(s) for s in self.strides]
         if any(n % f for n, f in zip(x.shape[1:-1], self.tile_alignment, strict=True)):
             raise ValueError(
-                f"a grid of {x.shape[1:-1]} cannot be halved evenly: "
+                f"a grid of {x.shape[1:-1]} does not fit the strides: "
                 f"each side must be a multiple of {list(self.tile_alignment)}"
             )
         tap = Taps(offsets)
