@@ -107,22 +107,23 @@ def test_logits_and_input_gradients(options, given, count, window, tmp_path):
         heads = {f"head{i}": channels_last(h) for i, h in enumerate(net.heads, 1)} if net.deep_supervision else {}
         return channels_last(y), channels_last(gradient), heads
 
-    def agree(found, expected, tolerance):
+    def agree(found, expected, tolerance, gradient_tolerance):
         logits, gradient, heads = expected
         assert logits.std() > 0.1
         np.testing.assert_allclose(found[0], logits, atol=tolerance)
-        np.testing.assert_allclose(found[1], gradient, atol=tolerance * np.abs(gradient).max())
+        np.testing.assert_allclose(found[1], gradient, atol=gradient_tolerance * np.abs(gradient).max())
         assert set(found[2]) == set(heads)
         for name, head in heads.items():
             np.testing.assert_allclose(found[2][name], head, atol=tolerance, err_msg=name)
 
     # Logits of order one, gradients relative to their maximum. Rounding is of order 1e-6, and a few of the activations are so
-    # close to 0 that it turns their sign, and with it the slope from 0.01 to 1: few of those that a lesion depends on
-    agree(ours(reading.variables, jnp.asarray(x), jnp.asarray(lesion)), theirs(x, lesion), 1e-4)
+    # close to 0 that it turns their sign, and with it the slope from 0.01 to 1: few of those that a lesion depends on. Measured
+    # 6.7e-5 of the gradient's maximum, on another processor perhaps a slope more
+    agree(ours(reading.variables, jnp.asarray(x), jnp.asarray(lesion)), theirs(x, lesion), 1e-4, 3e-4)
 
     # By way of all activations, PyTorch's float32 gradient is 1e-2 from its own float64 one. In float64 no sign turns.
     net.double()
     with jax.enable_x64(True):
         variables = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), reading.variables)
         found = ours(variables, jnp.asarray(np.float64(x)), jnp.asarray(everywhere))
-    agree(found, theirs(np.float64(x), everywhere), 1e-9)
+    agree(found, theirs(np.float64(x), everywhere), 1e-9, 1e-9)
