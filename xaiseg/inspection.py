@@ -15,6 +15,8 @@ from xaiseg._types import LogitsFn
 from xaiseg.models import Model, build_network, expected_variables
 from xaiseg.saliency.rows import linearise_window, row_bytes
 
+# What is worth a line of a plan; the rest is in model.json.
+_PREPROCESSING = ("orientation", "transpose_forward", "spacing", "normalisation", "use_mask_for_norm")
 # Normalisations that carry statistics of the whole window into every logit.
 _GLOBAL_NORMS = ("instance", "instance_affine", "group")
 
@@ -139,8 +141,11 @@ def summary(model: Model) -> dict[str, str]:
         "architecture": f"{spec.architecture}{members}{mirrored}",
         "options": ", ".join(f"{k} {_plain(v)}" for k, v in spec.options.items()),
         "parameters": f"{model.parameter_count:,}{' each' if spec.members else ''} ({size} in all)",
-        "input": f"{', '.join(spec.channels)}; {spec.normalisation}, orientation {spec.orientation}",
-        "preprocessing": ", ".join(f"{k} {_plain(v)}" for k, v in spec.preprocessing.items()),
+        "input": f"{', '.join(spec.channels)}; {spec.normalisation}"
+        + ("" if spec.preprocessing else f", orientation {spec.orientation}"),
+        "preprocessing": ", ".join(
+            f"{k} {_plain(spec.preprocessing[k])}" for k in _PREPROCESSING if spec.preprocessing
+        ),
         "window": f"{_by(spec.window)}, overlap {spec.overlap}, {spec.tiling} tiling, {spec.blending} blending",
         "lesions": f"class {spec.target_class} after {spec.output_activation}, {decision}, connectivity {spec.connectivity}",
         "source": source,

@@ -39,7 +39,7 @@ def say_plan(
         units += rows * method.samples
         seconds += rows * method.samples * each
         lines.append(
-            f"  {method.title}: {rows:,} rows × {method.samples} through {windows:,} windows, {each * 1e3:.0f} ms a row measured"
+            f"  {method.title}: {rows:,} rows × {method.samples} through {windows:,} windows, {each * 1e3:.3g} ms a row measured"
         )
     smaller = f" ({left_out} left out: below --min-voxels {request.min_voxels} or not selected)" if left_out else ""
     say(f"plan: {len(busy)} case{'s' * (len(busy) > 1)}, {lesions} lesion{'s' * (lesions > 1)}{smaller}")
