@@ -94,10 +94,11 @@ class Xaiseg:
     def forward(self) -> np.ndarray:
         return np.asarray(self.apply(self.logits_fn, self.x))
 
-    def gradient(self) -> np.ndarray:
-        """The input gradient of one logit, forward and backward in one program."""
+    def gradient(self) -> Callable[[], np.ndarray]:
+        """The input gradient of one logit, forward and backward in one program, compiled."""
         one = self.jax.jit(self.jax.grad(lambda x, f: f(x[None])[(0, *ROW_VOXELS[0], 1)]))
-        return np.asarray(one(self.x, self.logits_fn))
+        compiled = one.lower(self.x, self.logits_fn).compile()
+        return lambda: np.asarray(compiled(self.x, self.logits_fn))
 
     def linearise(self, tiled: bool = True) -> Any:
         """The pull-back as `explain` uses it, of a tile where the network has one, or of the window; with place and sides."""
@@ -187,6 +188,7 @@ def memory(network: str, side: str) -> None:
     if side != "torch":
         del theirs
         ours = Xaiseg(network, state, remat=side.endswith("remat"))
+        gradient = ours.gradient() if side.startswith("gradient") else None
         before = 0
         if on_gpu:
             before = ours.jax.local_devices()[0].memory_stats()["bytes_in_use"]
@@ -200,8 +202,8 @@ def memory(network: str, side: str) -> None:
         theirs.rows(theirs.linearise(), count=2)
         peak = torch.cuda.max_memory_allocated() if on_gpu else _status("VmHWM") * 1024
     else:
-        if side.startswith("gradient"):
-            ours.gradient()
+        if gradient is not None:
+            gradient()
         else:
             ours.rows(ours.linearise(), count=2)
         peak = ours.jax.local_devices()[0].memory_stats()["peak_bytes_in_use"] if on_gpu else _status("VmHWM") * 1024
