@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from xaiseg.checkpoints import monai_dynunet, monai_swin_unetr, monai_unet, nnunet
 from xaiseg.checkpoints.folder import spec_from_dict
-from xaiseg.checkpoints.mapping import Given, Reading, State, as_float32
+from xaiseg.checkpoints.mapping import Given, Reading, State, check_finite
 from xaiseg.checkpoints.torch_file import read_state_dict
 from xaiseg.errors import InputError
 from xaiseg.models import Model
@@ -80,8 +79,7 @@ def _from_state_dict(
     if remat and reading.architecture != "swin_unetr":
         raise InputError(f"{source}: a {reading.architecture}; --remat is for a SwinUNETR, leave it out")
     options = {**reading.options, **({"remat": True} if remat else {})}
-    if bad := [k for k, v in state.items() if not np.isfinite(as_float32(v)).all()]:
-        raise InputError(f"{source}: {bad[0]} holds NaN or infinite values; the training that made it diverged")
+    check_finite(state, str(source))
     assumed = list(reading.assumed)
     if channels is None:
         assumed.append(f"channels {', '.join(_TWO_CHANNELS)} (--channels)")

@@ -9,12 +9,8 @@ from xaiseg.errors import InputError
 
 State = Mapping[str, np.ndarray]
 
-# PyTorch's name of a leaf and ours, in the collection it belongs to.
-LEAVES = {
-    "weight": ("params", "kernel"),
-    "bias": ("params", "bias"),
-}
-NORM_LEAVES = {
+# PyTorch's name of a leaf of a norm and ours, in the collection it belongs to.
+_NORM_LEAVES = {
     "weight": ("params", "scale"),
     "bias": ("params", "bias"),
     "running_mean": ("batch_stats", "mean"),
@@ -59,6 +55,43 @@ class Reading(NamedTuple):
     variables: dict[str, Any]
     default_layer: str
     assumed: tuple[str, ...] = ()
+
+
+def conv_entries(key: str, path: tuple[str, ...], weight: tuple[int, ...], bias: int | None = None) -> KeyMap:
+    """Of a convolution or matrix product at `path`: its weight's PyTorch shape, and the length of its bias, if it has one."""
+    entries = {f"{key}.weight": Entry(("params", *path, "kernel"), weight)}
+    return entries if bias is None else entries | {f"{key}.bias": Entry(("params", *path, "bias"), (bias,))}
+
+
+def norm_entries(kind: str, key: str, path: tuple[str, ...], features: int) -> KeyMap:
+    """Of a normalisation at `path`: what `kind`, one of `layers.NORMS` or `layer`, leaves in a checkpoint."""
+    if kind in ("instance", "none"):
+        return {}
+    return {
+        f"{key}.{leaf}": Entry((collection, *path, ours), (features,))
+        for leaf, (collection, ours) in _NORM_LEAVES.items()
+        if collection == "params" or kind == "batch"
+    }
+
+
+def kernel_sides(weight: np.ndarray) -> int | list[int]:
+    """Sides of a convolution's window, one number where they are equal."""
+    sides = list(weight.shape[2:])
+    return sides[0] if len(set(sides)) == 1 else sides
+
+
+def check_stride_count(given: Given, levels: int, source: str) -> None:
+    """Raise InputError where strides are given, but not one for each level."""
+    if given.strides is not None and len(given.strides) != levels:
+        raise InputError(
+            f"{source}: the network has {levels} levels, {len(given.strides)} strides are given; give one per level"
+        )
+
+
+def check_finite(state: State, source: str) -> None:
+    """Raise InputError where a tensor holds what float32 cannot."""
+    if bad := [key for key, tensor in state.items() if not np.isfinite(as_float32(tensor)).all()]:
+        raise InputError(f"{source}: {bad[0]} holds NaN or infinite values; the training that made it diverged")
 
 
 def drop_counters(state: State) -> dict[str, np.ndarray]:

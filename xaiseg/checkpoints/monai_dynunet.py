@@ -11,17 +11,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from xaiseg.checkpoints.mapping import (
-    NORM_LEAVES,
     Entry,
     Given,
     KeyMap,
     Reading,
     State,
+    check_stride_count,
+    conv_entries,
     drop_counters,
+    kernel_sides,
     merge_aliases,
+    norm_entries,
     read_variables,
 )
 from xaiseg.errors import InputError
@@ -64,16 +66,13 @@ def read(state: State, source: str, given: Given) -> Reading:
     if odd := [key for key in telling if state[key].ndim != rank or not state[key].size]:
         shape = state[odd[0]].shape
         raise InputError(f"{source}: {odd[0]} has shape {shape}, expected {rank} axes like {firsts[0]}, none empty")
-    if given.strides is not None and len(given.strides) != levels:
-        raise InputError(
-            f"{source}: the network has {levels} levels, {len(given.strides)} strides are given; give one per level"
-        )
+    check_stride_count(given, levels, source)
 
-    steps = [_sides(state[key]) for key in ups]
+    steps = [kernel_sides(state[key]) for key in ups]
     norm, activation = given.norm or _norm(state), given.activation or _activation(state)
     options: dict[str, Any] = {
         "filters": [state[key].shape[0] for key in firsts],
-        "kernel_size": [_sides(state[key]) for key in firsts],
+        "kernel_size": [kernel_sides(state[key]) for key in firsts],
         "strides": list(given.strides) if given.strides is not None else [1, *steps],
         "upsample_kernel_size": steps,
         "out_channels": state[f"{_OUTPUT}.weight"].shape[0],
@@ -131,11 +130,6 @@ def _canonical(key: str, levels: int) -> str:
     return f"{(_down if part == 'downsample' else _up)(levels)[level]}.{rest}"
 
 
-def _sides(weight: np.ndarray) -> int | list[int]:
-    sides = list(weight.shape[2:])
-    return sides[0] if len(set(sides)) == 1 else sides
-
-
 def _norm(state: State) -> str:
     if any(key.endswith("norm1.running_mean") for key in state):
         return "batch"
@@ -177,22 +171,16 @@ def _key_map(options: dict[str, Any], c_in: int) -> KeyMap:
     def sides(value: int | list[int]) -> tuple[int, ...]:
         return (value,) * ndim if isinstance(value, int) else tuple(value)
 
-    def conv(key: str, path: tuple[str, ...], weight: tuple[int, ...], bias: int | None = None) -> None:
-        wanted[f"{key}.weight"] = Entry(("params", *path, "kernel"), weight)
-        if bias is not None:
-            wanted[f"{key}.bias"] = Entry(("params", *path, "bias"), (bias,))
-
     def block(key: str, name: str, inputs: int, features: int, kernel: tuple[int, ...], shortcut: bool) -> None:
         for i, weight in enumerate(((inputs, *kernel), (features, *kernel), (inputs, *ones))[: 2 + shortcut], 1):
-            conv(f"{key}.conv{i}.conv", (name, f"conv{i}"), (features, *weight))
-            for leaf, (collection, ours) in NORM_LEAVES.items():
-                if norm == "batch" or (collection == "params" and norm not in ("instance", "none")):
-                    wanted[f"{key}.norm{i}.{leaf}"] = Entry((collection, name, f"norm{i}", ours), (features,))
+            wanted.update(conv_entries(f"{key}.conv{i}.conv", (name, f"conv{i}"), (features, *weight)))
+            wanted.update(norm_entries(norm, f"{key}.norm{i}", (name, f"norm{i}"), features))
         if options["activation"] == "prelu":
             wanted[f"{key}.lrelu.weight"] = Entry(("params", name, "act", "slope"), (1,))
 
     def head(key: str, name: str, features: int) -> None:
-        conv(f"{key}.conv.conv", (name,), (options["out_channels"], features, *ones), options["out_channels"])
+        classes = options["out_channels"]
+        wanted.update(conv_entries(f"{key}.conv.conv", (name,), (classes, features, *ones), classes))
 
     kernels = [sides(k) for k in options["kernel_size"]]
     for level, key in enumerate(_down(levels)):
@@ -204,7 +192,8 @@ def _key_map(options: dict[str, Any], c_in: int) -> KeyMap:
         features, below = filters[level], filters[level + 1]
         step = sides(options["upsample_kernel_size"][level])
         bias = features if options["trans_bias"] else None
-        conv(f"{key}.transp_conv.conv", (f"decoder{level}_up",), (below, features, *step), bias)
+        up = (below, features, *step)
+        wanted.update(conv_entries(f"{key}.transp_conv.conv", (f"decoder{level}_up",), up, bias))
         block(f"{key}.conv_block", f"decoder{level}", 2 * features, features, kernels[level + 1], shortcut=False)
     for level in range(1, options["heads"] + 1):
         head(f"deep_supervision_heads.{level - 1}", f"head{level}", filters[level])

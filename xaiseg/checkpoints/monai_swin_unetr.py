@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 
 from xaiseg.checkpoints.mapping import (
-    LEAVES,
-    NORM_LEAVES,
     Entry,
     Given,
     KeyMap,
     Reading,
     State,
+    conv_entries,
     drop_counters,
     merge_aliases,
+    norm_entries,
     read_variables,
 )
 from xaiseg.errors import InputError
@@ -94,32 +94,24 @@ def key_map(options: dict[str, Any], c_in: int) -> KeyMap:
     wanted: KeyMap = {}
     f, ndim, norm = options["feature_size"], options["ndim"], options["norm"]
 
-    def put(key: str, path: tuple[str, ...], shape: tuple[int, ...], leaves: dict[str, tuple[str, str]]) -> None:
-        collection, leaf = leaves[key.rsplit(".", 1)[1]]
-        wanted[key] = Entry((collection, *path, leaf), shape)
-
     def dense(key: str, path: tuple[str, ...], c_out: int, c: int, bias: bool = True) -> None:
-        put(f"{key}.weight", path, (c_out, c), LEAVES)
-        if bias:
-            put(f"{key}.bias", path, (c_out,), LEAVES)
+        wanted.update(conv_entries(key, path, (c_out, c), c_out if bias else None))
 
-    def norms(key: str, path: tuple[str, ...], features: int, names: Sequence[str] = ("weight", "bias")) -> None:
-        for name in names:
-            put(f"{key}.{name}", path, (features,), NORM_LEAVES)
+    def layer_norm(key: str, path: tuple[str, ...], features: int) -> None:
+        wanted.update(norm_entries("layer", key, path, features))
 
     def residual(key: str, path: tuple[str, ...], c: int, c_out: int, norm: str) -> None:
-        names = list(NORM_LEAVES)[: {"instance": 0, "none": 0, "batch": 4}.get(norm, 2)]
         for i, (side, features) in enumerate(((3, c), (3, c_out), (1, c)) if c != c_out else ((3, c), (3, c_out)), 1):
-            put(f"{key}.conv{i}.conv.weight", (*path, f"conv{i}"), (c_out, features, *(side,) * ndim), LEAVES)
-            norms(f"{key}.norm{i}", (*path, f"norm{i}"), c_out, names)
+            weight = (c_out, features, *(side,) * ndim)
+            wanted.update(conv_entries(f"{key}.conv{i}.conv", (*path, f"conv{i}"), weight))
+            wanted.update(norm_entries(norm, f"{key}.norm{i}", (*path, f"norm{i}"), c_out))
 
     def convolution(key: str, name: str, c_out: int, c: int, side: int) -> None:
-        put(f"{key}.weight", (name,), (c_out, c, *(side,) * ndim), LEAVES)
-        put(f"{key}.bias", (name,), (c_out,), LEAVES)
+        wanted.update(conv_entries(key, (name,), (c_out, c, *(side,) * ndim), c_out))
 
     convolution("swinViT.patch_embed.proj", "patch_embed", f, c_in, 2)
     if options["patch_norm"]:
-        norms("swinViT.patch_embed.norm", ("patch_embed_norm",), f)
+        layer_norm("swinViT.patch_embed.norm", ("patch_embed_norm",), f)
     window = options["attention_window"]
     rows = math.prod(2 * w - 1 for w in ([window] * ndim if isinstance(window, int) else window))
     for i, (depth, heads) in enumerate(zip(options["depths"], options["num_heads"], strict=True), 1):
@@ -128,21 +120,22 @@ def key_map(options: dict[str, Any], c_in: int) -> KeyMap:
             residual(f"swinViT.layers{i}c.0.layer", (f"stage{i}_residual",), c, c, "instance")
         for j in range(depth):
             key, name = _block(i, j), f"stage{i}_block{j}"
-            norms(f"{key}.norm1", (name, "norm1"), c)
+            layer_norm(f"{key}.norm1", (name, "norm1"), c)
             wanted[key + _TABLE] = Entry(("params", name, "attn", "position_bias"), (rows, heads))
             dense(f"{key}.attn.qkv", (name, "attn", "qkv"), 3 * c, c, options["qkv_bias"])
             dense(f"{key}.attn.proj", (name, "attn", "proj"), c, c)
-            norms(f"{key}.norm2", (name, "norm2"), c)
+            layer_norm(f"{key}.norm2", (name, "norm2"), c)
             hidden = int(c * options["mlp_ratio"])
             dense(f"{key}.mlp.linear1", (name, "linear1"), hidden, c)
             dense(f"{key}.mlp.linear2", (name, "linear2"), c, hidden)
         merge = f"swinViT.layers{i}.0.downsample"
-        norms(f"{merge}.norm", (f"stage{i}_merge", "norm"), 2**ndim * c)
+        layer_norm(f"{merge}.norm", (f"stage{i}_merge", "norm"), 2**ndim * c)
         dense(f"{merge}.reduction", (f"stage{i}_merge", "reduction"), 2 * c, 2**ndim * c, bias=False)
     for i, c, c_out in ((1, c_in, f), (2, f, f), (3, 2 * f, 2 * f), (4, 4 * f, 4 * f), (10, 16 * f, 16 * f)):
         residual(f"encoder{i}.layer", (f"encoder{i}",), c, c_out, norm)
     for i, c, c_out in ((5, 16 * f, 8 * f), (4, 8 * f, 4 * f), (3, 4 * f, 2 * f), (2, 2 * f, f), (1, f, f)):
-        put(f"decoder{i}.transp_conv.conv.weight", (f"decoder{i}", "up"), (c, c_out, *(2,) * ndim), LEAVES)
+        up = (c, c_out, *(2,) * ndim)
+        wanted.update(conv_entries(f"decoder{i}.transp_conv.conv", (f"decoder{i}", "up"), up))
         residual(f"decoder{i}.conv_block", (f"decoder{i}", "conv_block"), 2 * c_out, c_out, norm)
     convolution("out.conv.conv", "out", options["out_channels"], f, 1)
     return wanted

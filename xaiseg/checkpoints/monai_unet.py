@@ -11,17 +11,17 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from xaiseg.checkpoints.mapping import (
-    LEAVES,
-    NORM_LEAVES,
     Entry,
     Given,
     KeyMap,
     Reading,
     State,
+    check_stride_count,
+    conv_entries,
     drop_counters,
+    kernel_sides,
+    norm_entries,
     read_variables,
 )
 from xaiseg.errors import InputError
@@ -65,8 +65,8 @@ def read(state: State, source: str, given: Given) -> Reading:
         "strides": strides,
         "out_channels": c_out,
         "norm": norm,
-        "kernel_size": _kernel(state[down[0]]),
-        "up_kernel_size": _kernel(state[up]),
+        "kernel_size": kernel_sides(state[down[0]]),
+        "up_kernel_size": kernel_sides(state[up]),
         "ndim": state[up].ndim - 2,
         "residual_units": len(units),
         "activation": _activation(state, source, given),
@@ -81,11 +81,6 @@ def _path(level: int) -> str:
     return "model" + ".1.submodule" * level
 
 
-def _kernel(weight: np.ndarray) -> int | list[int]:
-    sides = list(weight.shape[2:])
-    return sides[0] if len(set(sides)) == 1 else sides
-
-
 def _strides(
     state: State, down: list[str], residual: bool, source: str, given: Given
 ) -> tuple[list[int | list[int]], tuple[str, ...]]:
@@ -98,10 +93,7 @@ def _strides(
         if 1 in strides:
             return strides, (f"strides {','.join(map(str, strides))} (the shortcuts tell only a 1; --strides)",)
         return strides, ("strides 2 at every level (keys do not tell; --strides)",)
-    if len(given.strides) != len(down):
-        raise InputError(
-            f"{source}: the network has {len(down)} levels, {len(given.strides)} strides are given; give one per level"
-        )
+    check_stride_count(given, len(down), source)
     axes = state[down[0]].ndim - 2
     for level, (stride, known) in enumerate(zip(given.strides, strided, strict=True)):
         if isinstance(stride, tuple) and len(stride) != axes:
@@ -182,23 +174,17 @@ def _key_map(options: dict[str, Any], c_in: int) -> KeyMap:
     kernel, up_kernel = (
         (k,) * len(one) if isinstance(k, int) else tuple(k) for k in (options["kernel_size"], options["up_kernel_size"])
     )
-    norm_leaves = {"batch": tuple(NORM_LEAVES), "instance": (), "none": ()}.get(norm, ("weight", "bias"))
     wanted: KeyMap = {}
 
     def conv(key: str, path: tuple[str, ...], weight: tuple[int, ...], features: int) -> None:
-        for leaf, shape in {"weight": weight, "bias": (features,)}.items():
-            if leaf == "weight" or options["use_bias"]:
-                collection, ours = LEAVES[leaf]
-                wanted[f"{key}.{leaf}"] = Entry((collection, *path, ours), shape)
+        wanted.update(conv_entries(key, path, weight, features if options["use_bias"] else None))
 
     def block(key: str, name: tuple[str, ...], weight: tuple[int, ...], features: int, adn: bool = True) -> None:
         *within, stem = name
         conv(f"{key}.conv", (*within, f"{stem}_conv"), weight, features)
         if not adn:
             return
-        for leaf in norm_leaves:
-            collection, ours = NORM_LEAVES[leaf]
-            wanted[f"{key}.adn.N.{leaf}"] = Entry((collection, *within, f"{stem}_norm", ours), (features,))
+        wanted.update(norm_entries(norm, f"{key}.adn.N", (*within, f"{stem}_norm"), features))
         if options["activation"] == "prelu":
             wanted[f"{key}.adn.A.weight"] = Entry(("params", *within, f"{stem}_act", "slope"), (1,))
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from xaiseg.checkpoints.mapping import LEAVES, NORM_LEAVES, Entry, KeyMap, as_float32, drop_counters, merge_aliases
+from xaiseg.checkpoints.mapping import KeyMap, check_finite, conv_entries, drop_counters, merge_aliases, norm_entries
 from xaiseg.checkpoints.torch_file import strip_prefixes
 from xaiseg.errors import InputError
 
@@ -18,8 +18,7 @@ def canonical_state(weights: Mapping[str, Any], source: str) -> dict[str, np.nda
     """
     tensors = {str(k): v for k, v in weights.items() if isinstance(v, np.ndarray)}
     state = merge_aliases(drop_counters(strip_prefixes(tensors, source)), _canonical, source)
-    if bad := [k for k, v in state.items() if not np.isfinite(as_float32(v)).all()]:
-        raise InputError(f"{source}: {bad[0]} holds NaN or infinite values; the training that made it diverged")
+    check_finite(state, source)
     return state
 
 
@@ -29,21 +28,12 @@ def key_map(architecture: str, options: Mapping[str, Any], c_in: int) -> KeyMap:
     features, kernels, strides = options["features"], options["kernel_sizes"], options["strides"]
     norm, bias = options["norm"], options["conv_bias"]
     ones = (1,) * options["ndim"]
-    leaves = {"none": (), "instance": (), "instance_affine": ("weight", "bias"), "batch": tuple(NORM_LEAVES)}[norm]
-
-    def add(key: str, path: tuple[str, ...], kernel: Sequence[int], use_bias: bool, bias_size: int) -> None:
-        for leaf, shape in (("weight", tuple(kernel)), ("bias", (bias_size,))):
-            if leaf == "weight" or use_bias:
-                collection, name = LEAVES[leaf]
-                wanted[f"{key}.{leaf}"] = Entry((collection, *path, name), shape)
 
     def conv_norm(
         key: str, path: tuple[str, ...], names: tuple[str, str], i: int, o: int, kernel: Any, b: bool = bias
     ) -> None:
-        add(f"{key}.conv", (*path, names[0]), (o, i, *kernel), b, o)
-        for leaf in leaves:
-            collection, name = NORM_LEAVES[leaf]
-            wanted[f"{key}.norm.{leaf}"] = Entry((collection, *path, names[1], name), (o,))
+        wanted.update(conv_entries(f"{key}.conv", (*path, names[0]), (o, i, *kernel), o if b else None))
+        wanted.update(norm_entries(norm, f"{key}.norm", (*path, names[1]), o))
 
     def stack(key: str, path: str, convs: int, i: int, o: int, kernel: Sequence[int]) -> None:
         for j in range(convs):
@@ -72,10 +62,10 @@ def key_map(architecture: str, options: Mapping[str, Any], c_in: int) -> KeyMap:
         place = levels - 1 - s
         o = features[s]
         up = (features[s + 1], o, *strides[s + 1])
-        add(f"decoder.transpconvs.{place}", (f"decoder{s}_up",), up, bias, o)
+        wanted.update(conv_entries(f"decoder.transpconvs.{place}", (f"decoder{s}_up",), up, o if bias else None))
         stack(f"decoder.stages.{place}", f"decoder{s}", convs, 2 * o, o, kernels[s])
-        head = (options["out_channels"], o, *ones)
-        add(f"decoder.seg_layers.{place}", (f"head{s}",), head, True, options["out_channels"])
+        classes = options["out_channels"]
+        wanted.update(conv_entries(f"decoder.seg_layers.{place}", (f"head{s}",), (classes, o, *ones), classes))
     return wanted
 
 

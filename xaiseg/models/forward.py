@@ -45,6 +45,10 @@ class Forward:
         """Times that a window goes through a network."""
         return len(self.mirrorings) * max(len(self.members), 1)
 
+    def sets(self, variables: Variables) -> list[Variables]:
+        """The variables of each member, or of the single network."""
+        return [variables[name] for name in self.members] if self.members else [variables]
+
     def over_passes(self, one: Callable[..., Any], variables: Variables, offsets: Offsets) -> Any:
         """`one(variables of a member, mirrored, offsets)` of every pass, its results stacked along a new first axis.
 
@@ -52,7 +56,7 @@ class Forward:
         Passes are rematerialised: the residuals of one may fill a device, and there may be forty. Accelerators run them in a loop,
         whose program holds the network once; on CPU a loop around convolutions is slow, so it is unrolled.
         """
-        sets = [variables[name] for name in self.members] if self.members else [variables]
+        sets = self.sets(variables)
         parts = {k: jnp.moveaxis(o.reshape(*o.shape[:-1], self.passes, -1), -2, 0) for k, o in offsets.items()}
         step = jax.checkpoint(one)
         if platform() == "cpu" and not self.loop:
@@ -92,7 +96,7 @@ class LogitsOf:
     def __call__(self, variables: Variables, x: Array) -> Array:
         forward = self.forward
         if forward.passes == 1:
-            (own,) = (variables[name] for name in forward.members) if forward.members else (variables,)
+            (own,) = forward.sets(variables)
             return forward.apply(own, x, {})[0]
 
         def one(own: Variables, mirrored: Array, offsets: Offsets) -> Array:
@@ -114,7 +118,7 @@ class TappedOf:
     def __call__(self, variables: Variables, x: Array, offsets: Offsets) -> tuple[Array, dict[str, Array]]:
         forward = self.forward
         if forward.passes == 1:
-            (own,) = (variables[name] for name in forward.members) if forward.members else (variables,)
+            (own,) = forward.sets(variables)
             return forward.apply(own, x, offsets)
 
         def one(own: Variables, mirrored: Array, offsets: Offsets) -> tuple[Array, dict[str, Array]]:
