@@ -81,7 +81,7 @@ def _explain(arguments: argparse.Namespace) -> int:
 
     settings = Settings(
         methods=tuple(dict.fromkeys(arguments.method or ["smoothgrad"])),
-        **{k: getattr(arguments, k) for k in ("aggregate", "samples", "noise", "layer", "seed", "chunk", "memory")},
+        **{f.name: getattr(arguments, f.name) for f in dataclasses.fields(Settings) if f.name != "methods"},
     )
     return _status(explain(_model(arguments), _request(arguments), settings))
 
@@ -194,12 +194,34 @@ def _parser() -> argparse.ArgumentParser:
     explain = _command(commands, "explain", _explain, "segment, then explain every lesion")
     _cohort(explain)
     explain.add_argument(
-        "--method", action="append", choices=("smoothgrad", "gradcam++"), help="may be given several times (smoothgrad)"
+        "--method",
+        action="append",
+        choices=(
+            *("smoothgrad", "smoothgrad-squared", "vargrad", "gradient", "input-x-gradient", "guided-backprop"),
+            *("integrated-gradients", "smooth-integrated-gradients", "gradcam", "gradcam++", "hirescam", "layercam"),
+            "occlusion",
+        ),
+        metavar="NAME",
+        help="may be given several times (smoothgrad): %(choices)s",
     )
     explain.add_argument(
-        "--aggregate", choices=("signed_max", "mean"), default="signed_max", help="of Jacobian rows (%(default)s)"
+        "--target",
+        choices=("logit", "log_odds", "probability", "margin"),
+        default="logit",
+        help="what of the lesion class is explained (%(default)s)",
+    )
+    explain.add_argument(
+        "--aggregate",
+        choices=("signed_max", "mean", "sum", "positive_max", "negative_max", "median", "l2_norm"),
+        default="signed_max",
+        help="of Jacobian rows (%(default)s)",
     )
     explain.add_argument("--samples", type=_positive, default=50, help="noise samples (%(default)s)")
+    explain.add_argument(
+        "--tolerance",
+        type=_probability,
+        help="stop sampling a lesion when the standard error of its peak is this fraction of it, e.g. 0.05",
+    )
     explain.add_argument(
         "--noise",
         type=_not_negative,
@@ -214,7 +236,47 @@ def _parser() -> argparse.ArgumentParser:
     )
     explain.add_argument("--lesions", type=_numbers, metavar="3,7", help="only these labels, whatever their size")
     explain.add_argument("--min-voxels", type=_positive, default=6, help="smaller instances are left out (%(default)s)")
-    explain.add_argument("--layer", help="tap for Grad-CAM++ (the model's default)")
+    explain.add_argument(
+        "--layer",
+        dest="layers",
+        type=_names,
+        default=(),
+        metavar="A,B",
+        help="taps of class-activation maps (the model's default); see `xaiseg inspect`",
+    )
+    explain.add_argument(
+        "--form", choices=("paper", "pooled", "monai", "authors"), default="paper", help="of Grad-CAM++ (%(default)s)"
+    )
+    explain.add_argument(
+        "--derivatives",
+        choices=("closed_form", "exact"),
+        default="closed_form",
+        help="the higher ones in Grad-CAM++; exact takes minutes a lesion on CPU (%(default)s)",
+    )
+    explain.add_argument(
+        "--region",
+        choices=("instance", "class"),
+        default="instance",
+        help="what class-activation maps are of: each lesion, or the whole class (%(default)s)",
+    )
+    explain.add_argument(
+        "--baseline",
+        choices=("zero", "blur", "nawm"),
+        default="zero",
+        help="reference image of integrated gradients and occlusion; nawm: normal-appearing white matter (%(default)s)",
+    )
+    explain.add_argument("--steps", type=_positive, default=50, help="of integrated gradients (%(default)s)")
+    explain.add_argument("--patch", type=_positive, default=8, help="side of occlusion's patch in voxels (%(default)s)")
+    explain.add_argument(
+        "--margin", type=_whole, default=16, help="voxels around a lesion that occlusion tries (%(default)s)"
+    )
+    explain.add_argument(
+        "--precision",
+        choices=("float32", "tf32", "bfloat16"),
+        default="float32",
+        help="of the network while it explains; the plan tells the error (%(default)s)",
+    )
+    explain.add_argument("--devices", type=_positive, metavar="N", help="how many to use (all; on CPU 1)")
     explain.add_argument("--seed", type=_seed, default=0, help="of the noise (%(default)s)")
     explain.add_argument("--chunk", type=_positive, help="Jacobian rows at once (what is fast and fits)")
     explain.add_argument(
@@ -244,6 +306,9 @@ def _cohort(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=Path, required=True, metavar="M", help="a model folder, see `xaiseg convert`")
     parser.add_argument("--cases", type=_names, default=(), metavar="A,B", help="only these cases")
     parser.add_argument("--threshold", type=_probability, help="on the lesion probability (the model's)")
+    parser.add_argument(
+        "--whole-volume", action="store_true", help="take each volume in one piece instead of in windows"
+    )
     parser.add_argument("--resample", action="store_true", help="bring other channels onto the first channel's grid")
     _overwrite(parser)
 
@@ -267,6 +332,7 @@ def _checked(convert: Any, holds: Any, expected: str) -> Any:
 
 _positive = _checked(int, lambda n: n > 0, "a positive integer")
 _seed = _checked(int, lambda n: 0 <= n < 2**31, "an integer from 0 to below 2³¹")
+_whole = _checked(int, lambda n: n >= 0, "an integer not below 0")
 _not_negative = _checked(float, lambda x: 0 <= x < float("inf"), "a number not below 0")
 _fraction = _checked(float, lambda x: 0 <= x < 1, "a number from 0 to below 1")
 _probability = _checked(float, lambda x: 0 < x < 1, "a number between 0 and 1")

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from xaiseg.checkpoints import load_model
-from xaiseg.cohort import METHODS, Request, Settings, explain
+from xaiseg.cohort import Request, Settings, explain
 from xaiseg.errors import InputError
 from xaiseg.imaging import nifti
 from xaiseg.imaging.phantom import phantom
@@ -34,7 +34,7 @@ def run_demo(out: Path, cases: int = 2, samples: int = 4, overwrite: bool = Fals
             f"{out}: holds no earlier demo, so --overwrite does not touch it; choose another folder with --out"
         )
     manifest = write_phantoms(scans, cases)
-    settings = Settings(methods=tuple(METHODS), samples=samples)
+    settings = Settings(methods=("smoothgrad", "gradcam++"), samples=samples)
     rows = explain(example_model(), Request(manifest, out / "results", overwrite=overwrite), settings)
     pictures = sorted((out / "results").glob("sub-*/anat/*smoothgrad*.png"))
     print(f"\nlook at   {out / 'results' / 'desc-smoothgrad_summary.png'}\n          {pictures[0] if pictures else ''}")

@@ -13,7 +13,8 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from xaiseg._types import LogitsFn
 from xaiseg.models import Model, build_network, expected_variables
-from xaiseg.saliency.rows import linearise_window, row_bytes
+from xaiseg.saliency.linearise import Linear, linearise_window, row_bytes
+from xaiseg.saliency.targets import head
 
 # What is worth a line of a plan; the rest is in model.json.
 _PREPROCESSING = ("orientation", "transpose_forward", "spacing", "normalisation", "use_mask_for_norm")
@@ -50,9 +51,10 @@ def inspect(model: Model) -> Inspection:
     batch = jax.ShapeDtypeStruct((1, *window.shape), jnp.float32)
     logits_fn = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), model.logits_fn)
     forward = jax.jit(lambda f, x: f(x))
-    linearise = linearise_window.lower(logits_fn, window, np.zeros(3, np.int32), spec.window, spec.target_class)
-    pull = linearise.out_info
-    logit = jax.ShapeDtypeStruct(spec.window, jnp.float32)
+    classes = jax.eval_shape(logits_fn, batch).shape[-1]
+    lesion = head("logit", spec.target_class, spec.output_activation, classes)
+    linear = Linear(*linearise_window.lower(logits_fn, window, np.zeros(3, np.int32), spec.window, lesion).out_info)
+    pull, logit = linear.pull, jax.ShapeDtypeStruct(linear.logits.shape, jnp.float32)
     return Inspection(
         taps=model.taps(),
         receptive_field=receptive_field(model),
@@ -61,7 +63,7 @@ def inspect(model: Model) -> Inspection:
         row_flops=flops(jax.make_jaxpr(lambda p, ct: p(ct))(pull, logit)),
         forward_bytes=_temporaries(forward.lower(logits_fn, batch).compile()),
         linearised_bytes=int(sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(pull))),
-        row_bytes=row_bytes(pull, spec.window),
+        row_bytes=row_bytes(linear),
     )
 
 

@@ -223,19 +223,27 @@ TILED = {
 
 @pytest.mark.parametrize(("options", "grid"), TILED.values(), ids=TILED.keys())
 def test_a_tile_is_that_part_of_the_logits_and_of_their_gradient(options, grid):
+    """At every place, the borders of the grid included; what the field holds beyond the grid is not looked at."""
     network = UNet(**options, norm="none")
     rng = np.random.default_rng(3)
     x = jnp.asarray(rng.standard_normal((1, *grid, 2)), jnp.float32)
     variables = jax.jit(network.init)(jax.random.key(1), x)
-    step = network.tile_alignment
+    step, sides = network.tile_alignment, np.array(grid, np.int32)
     size = tuple(2 * s for s in step)
-    assert network.has_local_decoder
+    cone = network.cone(size)
+    reach = [(0, 0), *zip(cone.before, cone.after, strict=True), (0, 0)]
+    field = tuple(b + n + a for b, n, a in zip(cone.before, size, cone.after, strict=True))
 
     @jax.jit
     def both(start, cotangent):
         corner = (0, start[0], start[1], start[2], 0)
         whole, pull = jax.vjp(lambda x: network.apply(variables, x)[0], x)
-        part, pull_part = jax.vjp(lambda x: network.apply(variables, x, tile=(start, size))[0], x)
+
+        def tile(x):
+            held = jax.lax.dynamic_slice(jnp.pad(x, reach, constant_values=7.0), corner, (1, *field, 2))
+            return network.apply(variables, held, tile=(size, start, sides))[0]
+
+        part, pull_part = jax.vjp(tile, x)
         spread = jax.lax.dynamic_update_slice(jnp.zeros_like(whole), cotangent, corner)
         return jax.lax.dynamic_slice(whole, corner, part.shape), part, pull(spread)[0], pull_part(cotangent)[0]
 
@@ -245,6 +253,14 @@ def test_a_tile_is_that_part_of_the_logits_and_of_their_gradient(options, grid):
         # the same products in float32, perhaps added in another order
         np.testing.assert_allclose(tile, logits, atol=1e-5)
         np.testing.assert_allclose(tile_gradient, gradient, atol=1e-5)
+
+
+def test_the_field_is_all_that_a_tile_depends_on():
+    """The paper's network, a tile of 16: 79 voxels, as worked out by hand from kernel 3 and stride 2 at each of four steps."""
+    cone = UNet().cone((16, 16, 16))
+    assert (cone.before, cone.after) == ((31,) * 3, (32,) * 3)
+    assert [high[0] - low[0] for low, high in cone.encoder] == [79, 39, 19, 9, 4]
+    assert [side[0] for side in cone.decoder] == [16, 9, 5, 3, 2]
 
 
 @pytest.mark.parametrize(
@@ -258,9 +274,9 @@ def test_a_tile_is_that_part_of_the_logits_and_of_their_gradient(options, grid):
         {"residual_units": 2},
     ],
 )
-def test_a_network_without_a_local_decoder_says_so(options):
-    assert UNet().has_local_decoder
+def test_a_network_without_local_logits_says_so(options):
+    assert UNet().is_local
     network, start = UNet(**options), jnp.zeros(3, jnp.int32)
-    assert not network.has_local_decoder
+    assert not network.is_local
     with pytest.raises(ValueError, match="no logits of a tile alone"):
-        network.init(jax.random.key(0), jnp.zeros((1, 16, 16, 16, 2)), tile=(start, (16, 16, 16)))
+        network.init(jax.random.key(0), jnp.zeros((1, 16, 16, 16, 2)), tile=((16, 16, 16), start, start))

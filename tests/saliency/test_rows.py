@@ -20,12 +20,14 @@ KEY = jax.random.key(0)
 
 @pytest.fixture(scope="module")
 def predictor():
-    return StitchedPredictor.of(convert(FIXTURES / "unet_batch.pth", window=(16, 16, 16)))
+    """With tiles of 4 voxels, whose field of 19 is wider than the window: no saving, but all that tiles are."""
+    model = convert(FIXTURES / "unet_batch.pth", window=(16, 16, 16))
+    return replace(StitchedPredictor.of(model), local_fn=model.local_logits(4))
 
 
 def whole(saliency, shape):
     """The map over the volume: zero beyond its crop."""
-    volume = np.zeros((*shape, saliency.values.shape[-1]), saliency.values.dtype)
+    volume = np.zeros((*shape, saliency.values.shape[-1]), np.asarray(saliency.values).dtype)
     volume[tuple(slice(s, s + n) for s, n in zip(saliency.start, saliency.values.shape, strict=False))] = (
         saliency.values
     )
@@ -60,6 +62,7 @@ def test_signed_max_is_brute_force_through_monai(predictor, lesion, chunk, tiles
 def test_mean_is_brute_force_through_monai(predictor, lesion):
     stored = np.load(FIXTURES / "rows_mean.npz")
     image, voxels = jnp.asarray(stored["x"], jnp.float32), stored[f"{lesion}_voxels"]
+    predictor = replace(predictor, local_fn=None)
     (found,), (info,) = jacobian_rows(mean())(KEY, predictor, image, [Instance(1, voxels)])
     expected = stored[f"{lesion}_mean"]
     np.testing.assert_allclose(whole(found, image.shape[:3]), expected, atol=1e-5 * np.abs(expected).max())
@@ -122,8 +125,9 @@ def test_tiles_give_the_rows_of_whole_windows(predictor):
     full, full_infos = explain(KEY, replace(predictor, local_fn=None), image, instances)
     for a, b in zip(tiled, full, strict=True):
         # the same products, added up in another order
-        np.testing.assert_allclose(a.values, b.values, atol=1e-6 * np.abs(b.values).max())
-        assert a.start == b.start
+        shape = image.shape[:3]
+        np.testing.assert_allclose(whole(a, shape), whole(b, shape), atol=1e-6 * np.abs(b.values).max())
+    # one voxel lies in one tile; the first lesion has voxels in several of one window
     assert tiled_infos == full_infos
 
 
@@ -159,7 +163,8 @@ def test_one_trace_for_all_lesions_and_images():
     lesions = [Instance(1, LESION[:1]), Instance(2, LESION[1:]), Instance(3, LESION)]
     for seed in range(3):
         explain(KEY, predictor, jax.random.normal(jax.random.key(seed), (6, 5, 7, 2)), lesions)
-    assert len(traces) == 1
+    # one to learn the shapes, one for the compiled program
+    assert len(traces) <= 2
 
 
 def test_progress_adds_up_to_the_rows_of_the_infos():
@@ -178,7 +183,7 @@ def test_every_row_reaches_the_aggregator_once_under_its_own_number():
         return state.at[(index, *(jnp.zeros_like(index),) * 3)].add(weight)
 
     predictor = StitchedPredictor(smooth, (4, 4, 4))
-    count = Aggregator(lambda shape: jnp.zeros(shape), update, lambda state: state)
+    count = Aggregator(jnp.zeros, update, jnp.add, lambda state: state)
     image = jnp.ones((4, 4, 4, 2))
     lesion = Instance(1, np.array([[0, 0, 1], [0, 0, 2], [1, 2, 0]], np.int32))
     (found,), _ = jacobian_rows(count, chunk=2)(KEY, predictor, image, [lesion])

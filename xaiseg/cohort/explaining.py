@@ -4,6 +4,7 @@ import math
 import time
 import zlib
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,8 @@ import numpy as np
 from xaiseg._types import Info, Instance, Progress, SaliencyMap
 from xaiseg.cohort.methods import Method
 from xaiseg.inference import StitchedPredictor, WindowPlan
+from xaiseg.models import Model
+from xaiseg.saliency import input_gradient
 
 # Copies of a map alive at once: the aggregator's two, the sample's own, mean, squares.
 _COPIES = 5
@@ -37,10 +40,18 @@ def explain_scan(
     for batch in _batches(plan, instances, image.shape[-1], memory):
         start = time.perf_counter()
         maps, infos = method.explain(key, predictor, volume, batch, progress=progress)
+        maps = [_on_host(saliency) for saliency in maps]
         seconds = time.perf_counter() - start
         total = sum(info.rows for info in infos)
         for instance, saliency, info in zip(batch, maps, infos, strict=True):
             yield instance, saliency, info, seconds * info.rows / total
+
+
+def _on_host(saliency: SaliencyMap) -> SaliencyMap:
+    error = saliency.standard_error
+    return saliency._replace(
+        values=np.asarray(saliency.values), standard_error=None if error is None else np.asarray(error)
+    )
 
 
 def _batches(plan: WindowPlan, instances: Sequence[Instance], channels: int, memory: int) -> Iterator[list[Instance]]:
@@ -78,3 +89,17 @@ def seconds_per_row(method: Method, predictor: StitchedPredictor, image: np.ndar
         if seconds > 1 or voxels >= len(instance.voxels):
             return seconds / rows
         voxels *= 4
+
+
+def precision_error(
+    model: Model, precision: str, predictor: StitchedPredictor, image: np.ndarray, instance: Instance
+) -> float:
+    """By how much a row of an instance's first voxel differs from that in float32, at most, as a fraction of its largest value."""
+    whole = predictor.window is None
+    first = Instance(instance.label, instance.voxels[:1])
+    rows = []
+    for name in ("float32", precision):
+        at = StitchedPredictor.of(replace(model, precision=name), whole_volume=whole)
+        (found,), _ = input_gradient()(jax.random.key(0), at, jnp.asarray(image), [first])
+        rows.append(np.asarray(found.values))
+    return float(np.abs(rows[1] - rows[0]).max() / np.abs(rows[0]).max())

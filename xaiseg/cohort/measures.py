@@ -7,8 +7,10 @@ import numpy as np
 from scipy import ndimage
 
 from xaiseg._types import Info, Instance, SaliencyMap
+from xaiseg.cohort.methods import Method
 from xaiseg.cohort.segmentation import Segmentation, Target
 from xaiseg.imaging import Case, Grid
+from xaiseg.saliency import recommended_samples
 
 RING_VOXELS = 2
 _NEIGHBOURS_18 = ndimage.generate_binary_structure(3, 2)
@@ -39,13 +41,15 @@ MAP_COLUMNS = {
     "peak_se": "Standard error of the peak over the noise samples",
 }
 EXTRA_COLUMNS = {
-    "gradcampp": {
-        "alpha_near_zero": "Fraction of positions with a positive gradient where the denominator of α is below 1e-3 in magnitude: "
-        "there the weights are ill-defined",
-    },
+    "alpha_near_zero": "Fraction of positions with a positive gradient where the denominator of α is below 1e-3 in magnitude: "
+    "there the weights are ill-defined",
+    "alpha_undefined": "Fraction of positions with a positive gradient where α is no number; their weight is 0",
+    "closed_form_difference": "Largest difference of the map from that with the closed form of α, as a fraction of the map's peak",
+    "converged": "1 where the standard error of the peak came down to the tolerance, 0 where samples ran out before",
 }
 METHOD_COLUMNS = {
     "samples": "Noise samples averaged",
+    "samples_for_5_percent": "Noise samples that would bring the standard error of each channel's peak to 5 % of the largest peak",
     "windows": "Sliding windows that hold voxels of the instance",
     "rows": "Backward passes through one window, per sample",
     "seconds": "Time, a batch's total shared out by rows",
@@ -86,7 +90,7 @@ def map_row(
     ring = ring_voxels(instance, shape)
     row: dict[str, Any] = {}
     for channel, name in enumerate(names):
-        values = saliency.values[..., channel].astype(np.float64)
+        values = np.asarray(saliency.values[..., channel], np.float64)
         peak = np.unravel_index(np.argmax(values), values.shape)
         error = saliency.standard_error[..., channel][peak] if saliency.standard_error is not None else None
         measures = {
@@ -99,8 +103,10 @@ def map_row(
             "peak_se": error,
         }
         row |= {_column(prefix, name, measure): value for measure, value in measures.items()}
-    row |= {f"{prefix}_samples": info.samples, f"{prefix}_windows": info.windows, f"{prefix}_rows": info.rows}
-    return row | {f"{prefix}_{name}": value for name, value in info.extra.items()}
+    needed = recommended_samples(info, 0.05) if info.course is not None else None
+    row |= {f"{prefix}_samples": info.samples, f"{prefix}_samples_for_5_percent": needed}
+    row |= {f"{prefix}_windows": info.windows, f"{prefix}_rows": info.rows}
+    return row | {f"{prefix}_{name}": value for name, value in info.extra.items() if name in EXTRA_COLUMNS}
 
 
 def ring_voxels(instance: Instance, shape: Sequence[int]) -> np.ndarray:
@@ -121,18 +127,19 @@ def _values_at(values: np.ndarray, start: Sequence[int], voxels: np.ndarray) -> 
     return found
 
 
-def describe_columns(methods: Mapping[str, tuple[Sequence[str], str]]) -> dict[str, dict[str, str]]:
-    """BIDS descriptions of all columns of the table. `methods`: prefix -> (names of the map's channels, unit)."""
+def describe_columns(methods: Mapping[str, Method]) -> dict[str, dict[str, str]]:
+    """BIDS descriptions of all columns of the table, by the methods' keys."""
     described = {name: {"Description": text} for name, text in LESION_COLUMNS.items()}
-    for prefix, (names, unit) in methods.items():
-        for name in names:
+    for prefix, method in methods.items():
+        for name in method.names:
             for measure, text in MAP_COLUMNS.items():
-                described[_column(prefix, name, measure)] = {"Description": f"{text} ({prefix}, {name})", "Units": unit}
+                entry = {"Description": f"{text} ({prefix}, {name})", "Units": method.unit}
+                described[_column(prefix, name, measure)] = entry
         for measure, text in METHOD_COLUMNS.items():
             entry = {"Description": f"{text} ({prefix})"}
             described[f"{prefix}_{measure}"] = entry | ({"Units": "s"} if measure == "seconds" else {})
-        for measure, text in EXTRA_COLUMNS.get(prefix, {}).items():
-            described[f"{prefix}_{measure}"] = {"Description": f"{text} ({prefix})"}
+        for measure in method.extra:
+            described[f"{prefix}_{measure}"] = {"Description": f"{EXTRA_COLUMNS[measure]} ({prefix})"}
     return described
 
 

@@ -1,29 +1,72 @@
 """The methods that a run can use: an explainer with its name, unit and cost."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import jax
+
 from xaiseg._types import Explainer, Instance
-from xaiseg.inference import WindowPlan
+from xaiseg.inference import StitchedPredictor
+from xaiseg.inference.devices import device_mesh
 from xaiseg.models import Model
-from xaiseg.saliency import AGGREGATORS, gradcam_pp, smoothgrad
-from xaiseg.saliency.rows import count_rows, window_groups
+from xaiseg.saliency import (
+    AGGREGATORS,
+    BASELINES,
+    Baseline,
+    gradcam,
+    gradcam_pp,
+    guided_backprop,
+    hirescam,
+    input_gradient,
+    integrated_gradients,
+    jacobian_rows,
+    layercam,
+    noisy,
+    normal_appearing_white_matter,
+    occlusion,
+    occlusion_passes,
+    smooth_integrated_gradients,
+    times_input,
+)
+from xaiseg.saliency.schedule import Geometry, passes, portions
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Options of `explain`. `chunk` and `memory` (bytes) bound the work at once and do not change the result."""
+    """Options of `explain`; a method uses those that concern it.
+
+    methods: names in `METHODS`. aggregate: of Jacobian rows, in `saliency.AGGREGATORS`. target: in `saliency.TARGETS`.
+    samples, noise, tolerance, seed: see `saliency.noisy`. layers: taps of class-activation maps, the model's default if none.
+    form, derivatives, region: see `saliency.gradcam_pp`. baseline, steps: see `saliency.integrated_gradients`.
+    patch, margin: see `saliency.occlusion`. precision: of the network while it explains, `precision.PRECISIONS`.
+    devices: how many to use; None for all of an accelerator, one on CPU.
+    chunk, memory (bytes): bound the work at once and do not change the result.
+    """
 
     methods: tuple[str, ...] = ("smoothgrad",)
     aggregate: str = "signed_max"
+    target: str = "logit"
     samples: int = 50
     noise: float = 0.05
-    layer: str | None = None
+    tolerance: float | None = None
+    layers: tuple[str, ...] = ()
+    form: str = "paper"
+    derivatives: str = "closed_form"
+    region: str = "instance"
+    baseline: str = "zero"
+    steps: int = 50
+    patch: int = 8
+    margin: int = 16
     seed: int = 0
+    precision: str = "float32"
+    devices: int | None = None
     chunk: int | None = None
     memory: int | None = None
+
+
+Cost = Callable[[StitchedPredictor, tuple[int, ...], Instance], tuple[int, int]]
+"""Passes through one window that an instance takes per sample, in a volume of this shape, and the windows it lies in."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +74,8 @@ class Method:
     """One method ready to run.
 
     name: as the user gives it. key: in file names and columns. title: in pictures. names: of the map's channels.
-    signed: whether values may be negative. once: `explain` with one noise sample, whose rows are timed for the plan.
-    settings: what the result depends on, for the records. aggregate: of the rows, None if it has no rows.
+    signed: whether values may be negative. once: what is timed for the plan, one sample or step of `explain`.
+    settings: what the result depends on, for the records. samples: noise samples, at most. extra: figures in `Info.extra`.
     """
 
     name: str
@@ -43,75 +86,255 @@ class Method:
     names: tuple[str, ...]
     unit: str
     signed: bool
-    aggregate: str | None = None
+    cost: Cost
     samples: int = 1
     settings: dict[str, Any] = field(default_factory=dict)
-
-    def work(self, plan: WindowPlan, instance: Instance) -> tuple[int, int]:
-        """Backward passes per sample that an instance takes, and the windows it lies in."""
-        groups = list(window_groups(plan, instance))
-        windows = len({w for group in groups for w in group.windows.tolist()})
-        return (count_rows(groups, AGGREGATORS[self.aggregate]()) if self.aggregate else windows), windows
+    extra: tuple[str, ...] = ()
 
 
 def build_methods(model: Model, settings: Settings) -> list[Method]:
-    """The methods that `settings` name. Raises ValueError for unknown ones, unknown aggregators or taps."""
+    """The methods that `settings` name. Raises ValueError for unknown ones, unknown aggregators or taps, options that clash."""
     for name in settings.methods:
         if name not in METHODS:
             raise ValueError(f"method {name!r} is unknown; known are {', '.join(METHODS)}")
-    if settings.layer is not None and settings.layer not in model.taps():
-        raise ValueError(f"no layer {settings.layer!r} in this network; it has {', '.join(model.taps())}")
-    return [METHODS[name](model, settings) for name in settings.methods]
+    for layer in settings.layers:
+        if layer not in model.taps():
+            raise ValueError(f"no layer {layer!r} in this network; it has {', '.join(model.taps())}")
+    return [METHODS[name](name, model, settings) for name in settings.methods]
 
 
-def _smoothgrad(model: Model, settings: Settings) -> Method:
+def build_predictor(model: Model, settings: Settings, whole_volume: bool) -> StitchedPredictor:
+    """What the methods explain: the model's prediction at the precision and on the devices that are asked for.
+
+    Raises ValueError for more devices than there are.
+    """
+    devices = settings.devices or (1 if jax.default_backend() == "cpu" else len(jax.local_devices()))
+    mesh = device_mesh(devices) if devices > 1 else None
+    return StitchedPredictor.of(replace(model, precision=settings.precision), whole_volume=whole_volume, mesh=mesh)
+
+
+def _unit(settings: Settings) -> str:
+    return f"Δ{settings.target.replace('_', '-')} per unit of normalised intensity"
+
+
+def _row_cost(linear: bool, times: int = 1) -> Cost:
+    def cost(predictor: StitchedPredictor, shape: tuple[int, ...], instance: Instance) -> tuple[int, int]:
+        geometry = Geometry.of(predictor.plan(shape), predictor.local_fn)
+        ((rows, windows),) = passes(portions(geometry, [instance]), 1, linear)
+        return rows * times, windows
+
+    return cost
+
+
+def _window_cost(predictor: StitchedPredictor, shape: tuple[int, ...], instance: Instance) -> tuple[int, int]:
+    ((_, windows),) = passes(portions(Geometry.of(predictor.plan(shape), None), [instance]), 1, linear=False)
+    return windows, windows
+
+
+def _reference_channel(model: Model) -> int:
     channels = model.spec.channels
-    reference = channels.index("FLAIR") if "FLAIR" in channels else 0
-    samples = settings.samples if settings.noise > 0 else 1
-    make = partial(
-        smoothgrad,
+    return channels.index("FLAIR") if "FLAIR" in channels else 0
+
+
+def _noise(model: Model, settings: Settings) -> dict[str, Any]:
+    """What a noisy method's result depends on."""
+    return {
+        "samples": settings.samples if settings.noise > 0 else 1,
+        "noise": settings.noise,
+        "noise_reference_channel": model.spec.channels[_reference_channel(model)],
+        "tolerance": settings.tolerance,
+        "seed": settings.seed,
+    }
+
+
+def _rows_of(settings: Settings) -> Explainer:
+    if settings.aggregate not in AGGREGATORS:
+        raise ValueError(f"aggregate is {settings.aggregate!r}, known are {', '.join(AGGREGATORS)}")
+    aggregator = AGGREGATORS[settings.aggregate]()
+    return jacobian_rows(aggregator, target=settings.target, chunk=settings.chunk, memory=settings.memory)
+
+
+def _how(settings: Settings) -> str:
+    return settings.aggregate.replace("signed_max", "signed maximum").replace("_", " ")
+
+
+_STATISTICS = {
+    "smoothgrad": ("mean", "SmoothGrad"),
+    "smoothgrad-squared": ("squared", "SmoothGrad²"),
+    "vargrad": ("variance", "VarGrad"),
+}
+
+
+def _noisy_rows(name: str, model: Model, settings: Settings) -> Method:
+    statistic, title = _STATISTICS[name]
+    base, samples = _rows_of(settings), settings.samples if settings.noise > 0 else 1
+    explain = noisy(
+        base,
+        samples=settings.samples,
         noise=settings.noise,
-        aggregate=settings.aggregate,
-        chunk=settings.chunk,
-        memory=settings.memory,
-        reference_channel=reference,
+        statistic=statistic,
+        reference_channel=_reference_channel(model),
+        tolerance=settings.tolerance,
+        min_samples=min(8, settings.samples),
     )
-    how = settings.aggregate.replace("signed_max", "signed maximum")
+    unit = _unit(settings)
+    up_to = "up to " if settings.tolerance is not None else ""
     return Method(
-        name="smoothgrad",
-        key="smoothgrad",
-        title=f"SmoothGrad, {how}, {samples} sample{'s' * (samples > 1)}",
-        explain=make(samples=samples),
-        once=make(samples=1),
-        names=channels,
-        unit="Δlogit per unit of normalised intensity",
-        signed=True,
-        aggregate=settings.aggregate,
+        name=name,
+        key=name.replace("-", ""),
+        title=f"{title}, {_how(settings)}, {up_to}{samples} sample{'s' * (samples > 1)}",
+        explain=explain,
+        once=base,
+        names=model.spec.channels,
+        unit=unit if statistic == "mean" else f"({unit})²",
+        signed=statistic == "mean" and settings.aggregate not in ("positive_max", "l2_norm"),
+        cost=_row_cost(AGGREGATORS[settings.aggregate]().linear),
         samples=samples,
         settings={
             "aggregate": settings.aggregate,
-            "samples": samples,
-            "noise": settings.noise,
-            "noise_reference_channel": channels[reference],
-            "seed": settings.seed,
+            "target": settings.target,
+            "statistic": statistic,
+            **_noise(model, settings),
         },
+        extra=("converged",) if settings.tolerance is not None else (),
     )
 
 
-def _gradcam_pp(model: Model, settings: Settings) -> Method:
-    layer = settings.layer or model.spec.default_layer
-    explain = gradcam_pp(layer=layer)
+def _rows(name: str, model: Model, settings: Settings) -> Method:
+    base = _rows_of(settings)
+    explain, title, unit = base, "Gradient", _unit(settings)
+    if name == "input-x-gradient":
+        explain, title, unit = times_input(base), "Input × gradient", f"Δ{settings.target.replace('_', '-')}"
+    if name == "guided-backprop":
+        explain, title = guided_backprop(base), "Guided backpropagation"
     return Method(
-        name="gradcam++",
-        key="gradcampp",
-        title=f"Grad-CAM++ at {layer}",
+        name=name,
+        key=name.replace("-", ""),
+        title=f"{title}, {_how(settings)}",
         explain=explain,
         once=explain,
-        names=("gradcampp",),
-        unit="arbitrary units",
-        signed=False,
-        settings={"layer": layer, "form": "paper", "target": "sum of the instance's blended logits"},
+        names=model.spec.channels,
+        unit=unit,
+        signed=settings.aggregate not in ("positive_max", "l2_norm") or name == "input-x-gradient",
+        cost=_row_cost(AGGREGATORS[settings.aggregate]().linear),
+        settings={"aggregate": settings.aggregate, "target": settings.target},
     )
 
 
-METHODS: dict[str, Callable[[Model, Settings], Method]] = {"smoothgrad": _smoothgrad, "gradcam++": _gradcam_pp}
+def _baseline(model: Model, settings: Settings) -> Baseline:
+    if settings.baseline not in BASELINES:
+        raise ValueError(f"baseline is {settings.baseline!r}, known are {', '.join(BASELINES)}")
+    if settings.baseline == "nawm":
+        if "T1w" not in model.spec.channels:
+            raise ValueError(f"baseline nawm needs a channel T1w; this model has {', '.join(model.spec.channels)}")
+        return normal_appearing_white_matter(model.spec.channels.index("T1w"))
+    return BASELINES[settings.baseline]()
+
+
+def _paths(name: str, model: Model, settings: Settings) -> Method:
+    base = input_gradient(target=settings.target, memory=settings.memory)
+    baseline = _baseline(model, settings)
+    smooth = name == "smooth-integrated-gradients"
+    title = f"Integrated gradients from {settings.baseline}, {settings.steps} steps"
+    kept: dict[str, Any] = {"target": settings.target, "baseline": settings.baseline, "steps": settings.steps}
+    samples = 1
+    explain = integrated_gradients(base, baseline=baseline, steps=settings.steps)
+    if smooth:
+        samples = settings.samples if settings.noise > 0 else 1
+        explain = smooth_integrated_gradients(
+            base,
+            samples=settings.samples,
+            noise=settings.noise,
+            baseline=baseline,
+            steps=settings.steps,
+            reference_channel=_reference_channel(model),
+            tolerance=settings.tolerance,
+            min_samples=min(8, settings.samples),
+        )
+        title, kept = f"Smoothed {title[0].lower()}{title[1:]}, {samples} samples", {**kept, **_noise(model, settings)}
+    return Method(
+        name=name,
+        key=name.replace("-", ""),
+        title=title,
+        explain=explain,
+        once=base,
+        names=model.spec.channels,
+        unit=f"{settings.target.replace('_', '-')}, summed over the lesion",
+        signed=True,
+        cost=_row_cost(linear=True, times=settings.steps),
+        samples=samples,
+        settings=kept,
+        extra=("converged",) if smooth and settings.tolerance is not None else (),
+    )
+
+
+def _activation_maps(name: str, model: Model, settings: Settings) -> Method:
+    layers = settings.layers or (model.spec.default_layer,)
+    common: dict[str, Any] = {"layer": layers, "target": settings.target, "region": settings.region}
+    title = {"gradcam": "Grad-CAM", "gradcam++": "Grad-CAM++", "hirescam": "HiResCAM", "layercam": "LayerCAM"}[name]
+    extra: tuple[str, ...] = ()
+    if name == "gradcam++":
+        common |= {"form": settings.form, "derivatives": settings.derivatives}
+        explain = gradcam_pp(**common)
+        title += "" if settings.form == "paper" else f" ({settings.form})"
+        extra = ("alpha_near_zero", "alpha_undefined")
+        extra += ("closed_form_difference",) if settings.derivatives == "exact" else ()
+    else:
+        explain = {"gradcam": gradcam, "hirescam": hirescam, "layercam": layercam}[name](**common)
+    key = name.replace("++", "pp")
+    return Method(
+        name=name,
+        key=key,
+        title=f"{title} at {', '.join(layers)}{' of the class' if settings.region == 'class' else ''}",
+        explain=explain,
+        once=explain,
+        names=layers if len(layers) > 1 else (key,),
+        unit="arbitrary units",
+        signed=False,
+        cost=_window_cost,
+        settings=common,
+        extra=extra,
+    )
+
+
+def _occlusion(name: str, model: Model, settings: Settings) -> Method:
+    options: dict[str, Any] = {"patch": settings.patch, "margin": settings.margin}
+    common: dict[str, Any] = {
+        "baseline": _baseline(model, settings),
+        "target": settings.target,
+        "chunk": settings.chunk,
+    }
+    explain = occlusion(**options, **common)
+
+    def cost(predictor: StitchedPredictor, shape: tuple[int, ...], instance: Instance) -> tuple[int, int]:
+        return occlusion_passes(predictor, shape, instance, **options), _window_cost(predictor, shape, instance)[1]
+
+    return Method(
+        name=name,
+        key=name,
+        title=f"Occlusion, {settings.patch}³ voxels by {settings.baseline}",
+        explain=explain,
+        once=occlusion(**{**options, "margin": 0}, **common),
+        names=model.spec.channels,
+        unit=f"Δ{settings.target.replace('_', '-')}",
+        signed=True,
+        cost=cost,
+        settings={**options, "target": settings.target, "baseline": settings.baseline},
+    )
+
+
+METHODS: dict[str, Callable[[str, Model, Settings], Method]] = {
+    "smoothgrad": _noisy_rows,
+    "smoothgrad-squared": _noisy_rows,
+    "vargrad": _noisy_rows,
+    "gradient": _rows,
+    "input-x-gradient": _rows,
+    "guided-backprop": _rows,
+    "integrated-gradients": _paths,
+    "smooth-integrated-gradients": _paths,
+    "gradcam": _activation_maps,
+    "gradcam++": _activation_maps,
+    "hirescam": _activation_maps,
+    "layercam": _activation_maps,
+    "occlusion": _occlusion,
+}

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 import jax
 
-from xaiseg.cohort.explaining import seconds_per_row
-from xaiseg.cohort.methods import Method
+from xaiseg.cohort.explaining import precision_error, seconds_per_row
+from xaiseg.cohort.methods import Method, Settings
 from xaiseg.cohort.work import Print, Request, Work, load_scan
 from xaiseg.imaging import Case, check_header
 from xaiseg.inference import StitchedPredictor
@@ -18,6 +18,7 @@ def say_plan(
     methods: Sequence[Method],
     predictor: StitchedPredictor,
     model: Model,
+    settings: Settings,
     request: Request,
     say: Print,
 ) -> int:
@@ -33,7 +34,7 @@ def say_plan(
         rows = windows = 0
         for work in busy:
             for instance in work.instances:
-                r, w = method.work(predictor.plan(work.volume_shape), instance)
+                r, w = method.cost(predictor, work.volume_shape, instance)
                 rows, windows = rows + r, windows + w
         each = seconds_per_row(method, predictor, scan.image, smallest.instances[0])
         units += rows * method.samples
@@ -45,7 +46,12 @@ def say_plan(
     say(f"plan: {len(busy)} case{'s' * (len(busy) > 1)}, {lesions} lesion{'s' * (lesions > 1)}{smaller}")
     for line in lines:
         say(line)
-    say(f"  estimated time {_duration(seconds)} on {jax.devices()[0].device_kind}")
+    devices = 1 if predictor.mesh is None else predictor.mesh.size
+    where = f"{devices} × {jax.devices()[0].device_kind}" if devices > 1 else jax.devices()[0].device_kind
+    say(f"  estimated time {_duration(seconds / devices)} on {where}")
+    if settings.precision != "float32":
+        error = precision_error(model, settings.precision, predictor, scan.image, smallest.instances[0])
+        say(f"  {settings.precision}: one row differs from float32 by up to {error:.2g} of its largest value")
     return units
 
 

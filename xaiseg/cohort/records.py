@@ -20,6 +20,12 @@ from xaiseg.cohort.work import Print, Request, Work
 from xaiseg.models import Model
 from xaiseg.report import summary_figure
 
+TARGET_TEXTS = {
+    "logit": "logit of the lesion class, blended over the sliding windows, before softmax",
+    "log_odds": "log-odds of the lesion class, log(p / (1 - p)), from logits blended over the sliding windows",
+    "probability": "probability of the lesion class, from logits blended over the sliding windows",
+    "margin": "logit of the lesion class minus the largest other logit, blended over the sliding windows",
+}
 CASE_COLUMNS = {
     "case": "Case",
     "status": "done, empty (nothing to explain) or failed",
@@ -37,7 +43,7 @@ CASE_COLUMNS = {
 
 
 def lesion_columns(methods: Sequence[Method]) -> list[str]:
-    return list(describe_columns({m.key: (m.names, m.unit) for m in methods}))
+    return list(describe_columns({m.key: m for m in methods}))
 
 
 def write_lesions(
@@ -45,7 +51,7 @@ def write_lesions(
 ) -> None:
     rows = [row for work in works if work.row["status"] == "done" for row in work.lesion_rows]
     output.table(output.root / "lesions.tsv", lesion_columns(methods), rows)
-    output.json(output.root / "lesions.json", describe_columns({m.key: (m.names, m.unit) for m in methods}))
+    output.json(output.root / "lesions.json", describe_columns({m.key: m for m in methods}))
     channels = model.spec.channels
     for method in methods:
         if method.names == channels:
@@ -74,7 +80,7 @@ def write_sidecar(output: OutputFolder, method: Method, model: Model) -> None:
         "Settings": method.settings,
         "Channels": method.names,
         "Units": method.unit,
-        "Target": "logit of the lesion class, blended over the sliding windows, before softmax",
+        "Target": TARGET_TEXTS[method.settings["target"]],
         "ModelHash": model_hash(model),
         "GeneratedBy": {"Name": "xaiseg", "Version": __version__},
     }

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from xaiseg._types import Instance, SaliencyMap
+from xaiseg._types import Info, Instance, SaliencyMap
 from xaiseg.cohort.explaining import case_key, explain_scan
 from xaiseg.cohort.measures import lesion_row, map_row
-from xaiseg.cohort.methods import Method, Settings, build_methods
+from xaiseg.cohort.methods import Method, Settings, build_methods, build_predictor
 from xaiseg.cohort.output import OutputFolder
 from xaiseg.cohort.plan import nothing_to_explain, say_plan, window_count
 from xaiseg.cohort.records import case_line, lesion_columns, write_lesions, write_log, write_sidecar
@@ -25,10 +25,12 @@ from xaiseg.errors import InputError
 from xaiseg.imaging import Case, Scan, preflight, read_input, select_cases
 from xaiseg.inference import StitchedPredictor
 from xaiseg.models import Model
-from xaiseg.report import lesion_figure
+from xaiseg.report import convergence_figure, lesion_figure
 
 _MARGIN_MM = 20.0
 _MAPS_FRACTION = 0.25
+# Channels that one panel of the convergence picture can tell apart.
+_MOST_LINES = 4
 
 
 def segment(model: Model, request: Request, say: Print = print) -> list[dict[str, Any]]:
@@ -38,8 +40,8 @@ def segment(model: Model, request: Request, say: Print = print) -> list[dict[str
     recorded and the others go on; if every case fails, nothing is left behind and the first error is raised.
     """
     started = time.time()
+    predictor = _predictor(model, request)
     cases, output = _prepare(model, request)
-    predictor = StitchedPredictor.of(model)
     with _discarding(output):
         output.begin(str(request.input.absolute()))
         works = _segment_all(model, predictor, cases, request, output, "predicted")
@@ -56,12 +58,13 @@ def explain(model: Model, request: Request, settings: Settings, say: Print = pri
     Raises InputError as `segment`, and where there is no instance to explain at all.
     """
     started = time.time()
+    predictor = _predictor(model, request)
     try:
         methods = build_methods(model, settings)
+        explained = build_predictor(model, settings, request.whole_volume)
     except ValueError as error:
         raise InputError(str(error)) from error
     cases, output = _prepare(model, request)
-    predictor = StitchedPredictor.of(model)
     with _discarding(output):
         if not request.dry_run:
             output.begin(str(request.input.absolute()))
@@ -69,14 +72,14 @@ def explain(model: Model, request: Request, settings: Settings, say: Print = pri
         works = _segment_all(model, predictor, cases, request, written, request.instances)
         if not any(work.instances for work in works):
             raise InputError(nothing_to_explain(works, request, model))
-        units = say_plan(works, methods, predictor, model, request, say)
+        units = say_plan(works, methods, explained, model, settings, request, say)
         if request.dry_run:
             return [work.row for work in works]
         with _bar(units, "row", "explaining") as bar:
             for work in works:
                 if work.instances:
                     with _recording(work, output, alone=len(works) == 1):
-                        _explain_case(work, methods, predictor, model, settings, request, output, bar)
+                        _explain_case(work, methods, explained, model, settings, request, output, bar)
         _raise_if_all_failed(works)
         write_lesions(output, works, methods, model, say)
         for method in methods:
@@ -86,6 +89,14 @@ def explain(model: Model, request: Request, settings: Settings, say: Print = pri
     for row in rows:
         say(case_line(row))
     return rows
+
+
+def _predictor(model: Model, request: Request) -> StitchedPredictor:
+    """For segmentation: always in float32, so that which lesions there are does not depend on how they are explained."""
+    try:
+        return StitchedPredictor.of(model, whole_volume=request.whole_volume)
+    except ValueError as error:
+        raise InputError(f"--whole-volume: {error}") from error
 
 
 def _prepare(model: Model, request: Request) -> tuple[list[Case], OutputFolder]:
@@ -181,18 +192,28 @@ def _explain_case(
     memory = settings.memory or int(_physical_memory() * _MAPS_FRACTION)
     for method in methods:
         explained = explain_scan(key, method, predictor, scan.image, work.instances, memory, bar.update)
+        infos: list[Info] = []
         for instance, saliency, info, seconds in explained:
+            infos.append(info)
             row = by_label[instance.label]
             row |= map_row(method.key, method.names, saliency, info, instance, scan.image.shape)
             row[f"{method.key}_seconds"] = seconds
             stem = f"space-orig_desc-{method.key}_lesion-{instance.label:03d}_saliency"
             trimmed = trim(saliency)
-            output.volume(output.path(case, f"{stem}.nii.gz"), scan, trimmed.values, trimmed.start)
+            output.volume(output.path(case, f"{stem}.nii.gz"), scan, np.asarray(trimmed.values), trimmed.start)
             draw = partial(_draw, scan, model.spec.channels, instance, saliency, method, row)
             output.figure(output.path(case, f"{stem}.png"), draw)
+        if len(method.names) <= _MOST_LINES and any(info.course is not None for info in infos):
+            labels = [f"lesion {instance.label}" for instance in work.instances]
+            course = partial(_draw_course, infos, labels, method, settings.tolerance or 0.05)
+            output.figure(output.path(case, f"desc-{method.key}_convergence.png"), course)
     output.table(output.path(case, "desc-lesions.tsv"), lesion_columns(methods), work.lesion_rows)
     work.row["explained"] = len(work.instances)
     work.row["seconds"] += time.perf_counter() - begun
+
+
+def _draw_course(infos: Sequence[Info], labels: Sequence[str], method: Method, tolerance: float, path: Path) -> None:
+    convergence_figure(infos, labels, method.names, path, unit=method.unit, tolerance=tolerance)
 
 
 def trim(saliency: SaliencyMap) -> SaliencyMap:
@@ -201,7 +222,7 @@ def trim(saliency: SaliencyMap) -> SaliencyMap:
     low, high = (places.min(0), places.max(0) + 1) if len(places) else (np.zeros(3, int), np.ones(3, int))
     box = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
     x, y, z = (low + np.array(saliency.start)).tolist()
-    return SaliencyMap(saliency.values[box], (x, y, z))
+    return SaliencyMap(np.asarray(saliency.values)[box], (x, y, z))
 
 
 def _draw(
@@ -218,7 +239,7 @@ def _draw(
     mask[tuple(instance.voxels.T)] = True
     whole = np.zeros((*shape, saliency.values.shape[-1]), np.float32)
     whole[tuple(slice(s, s + n) for s, n in zip(saliency.start, saliency.values.shape, strict=False))] = saliency.values
-    names = method.names if method.signed else ("Grad-CAM++",)
+    names = method.names if len(method.names) > 1 else (method.title.split(" at ")[0],)
     peaks = "peak " + ", ".join(
         f"{name} {saliency.values[..., c].max():{'+.3g' if method.signed else '.3g'}}" for c, name in enumerate(names)
     )

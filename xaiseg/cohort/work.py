@@ -16,7 +16,10 @@ Print = Callable[[str], Any]
 
 @dataclass(frozen=True)
 class Request:
-    """What to run on: `input` is a BIDS folder or a manifest; `cases` selects by name; see `Settings` for the rest."""
+    """What to run on: `input` is a BIDS folder or a manifest; `cases` selects by name; see `Settings` for the rest.
+
+    whole_volume: predict, and explain, each volume in one piece instead of in windows.
+    """
 
     input: Path
     output: Path
@@ -25,6 +28,7 @@ class Request:
     lesions: tuple[int, ...] | None = None
     min_voxels: int = 6
     resample: bool = False
+    whole_volume: bool = False
     overwrite: bool = False
     dry_run: bool = False
 

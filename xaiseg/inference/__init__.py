@@ -1,6 +1,18 @@
 """Windows, their blend weights, and the stitched prediction."""
 
-from xaiseg.inference.stitch import StitchedPredictor, class_logit, cut, pad, unpad
+from xaiseg.inference.devices import device_mesh
+from xaiseg.inference.stitch import StitchedPredictor, class_logit, cut, logits_shape, pad, unpad
 from xaiseg.inference.windows import Box, WindowPlan, plan_windows
 
-__all__ = ["Box", "StitchedPredictor", "WindowPlan", "class_logit", "cut", "pad", "plan_windows", "unpad"]
+__all__ = [
+    "Box",
+    "StitchedPredictor",
+    "WindowPlan",
+    "class_logit",
+    "cut",
+    "device_mesh",
+    "logits_shape",
+    "pad",
+    "plan_windows",
+    "unpad",
+]

@@ -1,5 +1,6 @@
 """The stitched prediction: the network over all windows of a volume, blended, as one pure function of the volume."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import Mesh
 from jax.tree_util import Partial
 
 from xaiseg._types import LocalFn, LogitsFn, TappedFn
@@ -25,12 +27,14 @@ class StitchedPredictor:
     set `scan`, or the program holds the network once per window; on CPU a scan's gradient is slow, so it is not the default.
 
     logits_fn: see `_types.LogitsFn`. tapped_fn: the same network with taps, for class-activation maps.
+    window: its sides; None for the whole volume in one piece, padded with zeros (half before, half after) to multiples of `stride`.
     target_class: the lesion's logit. local_fn: the logits of a tile, which makes Jacobian rows cheaper and changes none.
     tiling: where windows lie, `monai` or `nnunet`. output_activation: of the logits, `softmax` over classes or `sigmoid` of each.
+    mesh: the devices that an explainer uses, see `devices.device_mesh`; None for JAX's default device.
     """
 
     logits_fn: LogitsFn
-    window: Triple
+    window: Triple | None
     overlap: float = 0.25
     blending: str = "gaussian"
     target_class: int = 1
@@ -39,6 +43,8 @@ class StitchedPredictor:
     local_fn: LocalFn | None = None
     tiling: str = "monai"
     output_activation: str = "softmax"
+    stride: Triple = (1, 1, 1)
+    mesh: Mesh | None = None
 
     def __post_init__(self) -> None:
         # A Partial is a pytree: compiled steps take the network as an argument, its parameters are not baked in as constants.
@@ -48,30 +54,42 @@ class StitchedPredictor:
                 object.__setattr__(self, name, Partial(function))
 
     @classmethod
-    def of(cls, model: Model) -> "StitchedPredictor":
+    def of(cls, model: Model, *, whole_volume: bool = False, mesh: Mesh | None = None) -> "StitchedPredictor":
+        """The predictor of a model, as its spec says, or over the whole volume at once.
+
+        Raises ValueError for the whole volume where the network takes none: a 2-D one, or one with windows of its own.
+        """
         spec = model.spec
+        local_fn = model.local_fn
+        if local_fn is not None and not whole_volume and math.prod(local_fn.field) >= math.prod(spec.window):
+            local_fn = None  # what is wider than the window saves nothing
         return cls(
             model.logits_fn,
-            spec.window,
+            None if whole_volume else spec.window,
             spec.overlap,
             spec.blending,
             spec.target_class,
             model.tapped_fn,
-            local_fn=model.local_fn,
+            local_fn=local_fn,
             tiling=spec.tiling,
             output_activation=spec.output_activation,
+            stride=model.stride if whole_volume else (1, 1, 1),
+            mesh=mesh,
         )
 
     def plan(self, shape: tuple[int, ...]) -> WindowPlan:
         x, y, z = shape[:3]
+        if self.window is None:
+            a, b, c = (-(-n // s) * s for n, s in zip((x, y, z), self.stride, strict=True))
+            return plan_windows((x, y, z), (a, b, c), 0.0, "constant")
         return plan_windows((x, y, z), self.window, self.overlap, self.blending, self.tiling)
 
     def __call__(self, x: Array, progress: WindowDone | None = None) -> Array:
         plan = self.plan(x.shape)
         padded = pad(x, plan)
-        window = jax.ShapeDtypeStruct((1, *self.window, x.shape[-1]), x.dtype)
-        logits = jax.eval_shape(self.logits_fn, window)
-        jax.eval_shape(lambda y: class_logit(y, self.window, self.target_class), logits)
+        window = jax.ShapeDtypeStruct((1, *plan.window, x.shape[-1]), x.dtype)
+        logits = logits_shape(self.logits_fn, window)
+        jax.eval_shape(lambda y: class_logit(y, plan.window, self.target_class), logits)
         total = jnp.zeros((*plan.padded_shape, logits.shape[-1]), x.dtype)
         weight = jnp.asarray(plan.weight, x.dtype)
         if self.scan:
@@ -98,6 +116,16 @@ class StitchedPredictor:
         if logits.shape[-1] == 1 or self.output_activation == "sigmoid":
             return logits[..., self.target_class] > 0
         return jnp.argmax(logits, axis=-1) == self.target_class
+
+
+def logits_shape(logits_fn: LogitsFn, windows: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of the logits of these windows. Traced once for a network, also where it is wrapped anew for each call."""
+    return _apply.eval_shape(logits_fn, windows)
+
+
+@jax.jit
+def _apply(logits_fn: LogitsFn, x: Array) -> Array:
+    return logits_fn(x)
 
 
 def class_logit(logits: Array, window: tuple[int, ...], target_class: int) -> Array:

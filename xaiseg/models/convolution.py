@@ -5,18 +5,23 @@ On CPU a 3-D convolution is therefore written as 2-D convolutions with the depth
 elsewhere the native 3-D convolution is the right one. Both are plain differentiable JAX code, so forward and reverse mode,
 `vmap` and `jet` pass through; the folded form was chosen such that its *transpose*, which JAX derives, is as fast as itself.
 
-Float32 means float32: the highest precision is asked for, or accelerators would round factors to TF32 or bfloat16.
+Float32 means float32 unless `precision` is told otherwise: accelerators would round factors to TF32 or bfloat16 by default.
 
 Arrays are channels last, `(N, *spatial, C)`; kernels are `(*window, C_in, C_out)`.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+
+from xaiseg.models.platform import platform
+from xaiseg.models.precision import at_precision
 
 Lowering = Literal["auto", "folded", "native"]
 Padding = Sequence[tuple[int, int]]
@@ -24,6 +29,9 @@ Padding = Sequence[tuple[int, int]]
 # Up to this many input channels the depth taps are joined into the channels of one 2-D convolution; beyond, copying them costs
 # more than adding up one convolution per tap (measured, 96³ to 6³ grids, scripts/benchmark.py --layers).
 _JOIN_TAPS_UP_TO = 8
+# XLA's convolutions are made for large grids: the transpose of one with 512 features on 4³ voxels takes 59 ms, as a product of
+# gathered windows 3 ms. Up to this many output voxels the windows are gathered.
+_FEW_POSITIONS = 64
 
 
 def conv(x: Array, kernel: Array, strides: Sequence[int], padding: Padding, lowering: Lowering = "auto") -> Array:
@@ -34,15 +42,9 @@ def conv(x: Array, kernel: Array, strides: Sequence[int], padding: Padding, lowe
     """
     if lowering == "auto":
         lowering = "folded" if kernel.ndim == 5 and platform() == "cpu" else "native"
-    if lowering == "native":
-        return _native(x, kernel, strides, padding)
-    if not any(p for pair in padding for p in pair):
-        if all(k == 1 for k in kernel.shape[:3]):
-            x = x[:, :: strides[0], :: strides[1], :: strides[2]]
-            return _matmul(x, kernel[0, 0, 0])
-        if tuple(kernel.shape[:3]) == tuple(strides):
-            return _patches(x, kernel)
-    return _depth_folded(x, kernel, strides, padding)
+    lowered = partial(_native if lowering == "native" else _folded, strides=strides, padding=padding)
+    # the folded form is the CPU's: emulated as a whole, it adds the depth taps in float32 and rounds their sum once
+    return at_precision(lowered, x, kernel, emulated=lowering == "folded")
 
 
 def conv_transpose(
@@ -70,41 +72,65 @@ def conv_transpose(
     return y
 
 
-def platform() -> str:
-    """Where what is being traced will run: `cpu`, `gpu` or `tpu`."""
-    device = jax.config.jax_default_device  # type: ignore[attr-defined]
-    return getattr(device, "platform", device) or jax.default_backend()
-
-
-def _native(x: Array, kernel: Array, strides: Sequence[int], padding: Padding) -> Array:
+def _native(x: Array, kernel: Array, precision: lax.Precision, strides: Sequence[int], padding: Padding) -> Array:
     spatial = "DHW"[-(kernel.ndim - 2) :]
     layout = (f"N{spatial}C", f"{spatial}IO", f"N{spatial}C")
     return lax.conv_general_dilated(
-        x, kernel, tuple(strides), list(padding), dimension_numbers=layout, precision=lax.Precision.HIGHEST
+        x, kernel, tuple(strides), list(padding), dimension_numbers=layout, precision=precision
     )
 
 
-def _matmul(x: Array, matrix: Array) -> Array:
-    return lax.dot_general(x, matrix, (((x.ndim - 1,), (0,)), ((), ())), precision=lax.Precision.HIGHEST)
+def _folded(x: Array, kernel: Array, precision: lax.Precision, strides: Sequence[int], padding: Padding) -> Array:
+    if not any(p for pair in padding for p in pair):
+        if all(k == 1 for k in kernel.shape[:3]):
+            x = x[:, :: strides[0], :: strides[1], :: strides[2]]
+            return _matmul(x, kernel[0, 0, 0], precision)
+        if tuple(kernel.shape[:3]) == tuple(strides):
+            return _patches(x, kernel, precision)
+    out = [
+        (n + lo + hi - k) // s + 1
+        for n, (lo, hi), k, s in zip(x.shape[1:-1], padding, kernel.shape, strides, strict=False)
+    ]
+    if math.prod(out) <= _FEW_POSITIONS:
+        return _gathered(x, kernel, precision, strides, padding, out)
+    return _depth_folded(x, kernel, precision, strides, padding)
 
 
-def _patches(x: Array, kernel: Array) -> Array:
+def _gathered(
+    x: Array, kernel: Array, precision: lax.Precision, strides: Sequence[int], padding: Padding, out: Sequence[int]
+) -> Array:
+    """One matrix product of all windows, gathered side by side. Its transpose is one, too, and adds up small pieces."""
+    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+    taps = itertools.product(*map(range, kernel.shape[:3]))
+    ends = [(n - 1) * s + 1 for n, s in zip(out, strides, strict=True)]
+    views = [
+        x[:, a : a + ends[0] : strides[0], b : b + ends[1] : strides[1], c : c + ends[2] : strides[2]]
+        for a, b, c in taps
+    ]
+    return _matmul(jnp.concatenate(views, -1), kernel.reshape(-1, kernel.shape[-1]), precision)
+
+
+def _matmul(x: Array, matrix: Array, precision: lax.Precision) -> Array:
+    return lax.dot_general(x, matrix, (((x.ndim - 1,), (0,)), ((), ())), precision=precision)
+
+
+def _patches(x: Array, kernel: Array, precision: lax.Precision) -> Array:
     """Windows that tile the grid, as one matrix product: space to depth, or depth to space for the transpose."""
     n, *spatial, c = x.shape
     window = kernel.shape[:3]
     d, h, w = (size // k for size, k in zip(spatial, window, strict=True))
     x = x[:, : d * window[0], : h * window[1], : w * window[2]]
     x = x.reshape(n, d, window[0], h, window[1], w, window[2], c).transpose(0, 1, 3, 5, 2, 4, 6, 7)
-    return _matmul(x.reshape(n, d, h, w, math.prod(window) * c), kernel.reshape(-1, kernel.shape[-1]))
+    return _matmul(x.reshape(n, d, h, w, math.prod(window) * c), kernel.reshape(-1, kernel.shape[-1]), precision)
 
 
-def _depth_folded(x: Array, kernel: Array, strides: Sequence[int], padding: Padding) -> Array:
+def _depth_folded(x: Array, kernel: Array, precision: lax.Precision, strides: Sequence[int], padding: Padding) -> Array:
     depth, *window, c_in, c_out = kernel.shape
     taps = _depth_taps(x, depth, strides[0], padding[0])
     n, d = taps[0].shape[:2]
 
     def planes(z: Array, k: Array) -> Array:
-        return _native(z.reshape(n * d, *z.shape[2:]), k, strides[1:], padding[1:])
+        return _native(z.reshape(n * d, *z.shape[2:]), k, precision, strides[1:], padding[1:])
 
     if c_in <= _JOIN_TAPS_UP_TO:
         joined = jnp.moveaxis(kernel, 0, 2).reshape(*window, depth * c_in, c_out)

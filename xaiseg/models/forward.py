@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from xaiseg.models.convolution import platform
+from xaiseg.models.platform import platform
+from xaiseg.models.precision import check_precision, precision_of
 
 Variables = Mapping[str, Any]
 Offsets = Mapping[str, Array]
@@ -26,7 +27,8 @@ class Forward:
     network: a Linen module `(x, offsets) -> (logits, taps)`.
     slice_axis: of a 2-D network, the window's spatial axis of side 1; None for a 3-D one.
     mirror_axes: spatial axes of the window. members: names in the variables; empty for a single network.
-    loop: run several passes in a loop on CPU too.
+    loop: run several passes in a loop on CPU too. precision: one of `precision.PRECISIONS`, of convolutions and matrix products;
+    ValueError for another.
     """
 
     network: nn.Module
@@ -34,6 +36,10 @@ class Forward:
     mirror_axes: tuple[int, ...] = ()
     members: tuple[str, ...] = ()
     loop: bool = False
+    precision: str = "float32"
+
+    def __post_init__(self) -> None:
+        check_precision(self.precision)
 
     @property
     def mirrorings(self) -> tuple[tuple[bool, ...], ...]:
@@ -80,11 +86,15 @@ class Forward:
     def apply(self, variables: Variables, x: Array, offsets: Offsets) -> tuple[Array, dict[str, Array]]:
         """One network on windows `(N, *window, C)`, one of whose sides is 1 for a 2-D network."""
         if self.slice_axis is None:
-            return self.network.apply(variables, x, offsets)
+            return self._run(variables, x, offsets)
         axis = self.slice_axis + 1
         offsets = {name: jnp.squeeze(value, axis) for name, value in offsets.items()}
-        logits, taps = self.network.apply(variables, jnp.squeeze(x, axis), offsets)
+        logits, taps = self._run(variables, jnp.squeeze(x, axis), offsets)
         return jnp.expand_dims(logits, axis), {k: jnp.expand_dims(v, axis) for k, v in taps.items()}
+
+    def _run(self, variables: Variables, x: Array, offsets: Offsets) -> tuple[Array, dict[str, Array]]:
+        with precision_of(self.precision):
+            return self.network.apply(variables, x, offsets)
 
 
 @dataclass(frozen=True)

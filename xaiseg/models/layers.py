@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from xaiseg.models.convolution import conv, conv_transpose
+from xaiseg.models.precision import at_precision
 
 _EPSILON = 1e-5
 
@@ -147,7 +148,8 @@ class Dense(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         kernel = self.param("kernel", nn.initializers.truncated_normal(0.02), (x.shape[-1], self.features))
-        y = lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())), precision=lax.Precision.HIGHEST)
+        numbers = (((x.ndim - 1,), (0,)), ((), ()))
+        y = at_precision(lambda a, b, precision: lax.dot_general(a, b, numbers, precision=precision), x, kernel)
         return y + _per_channel(self.param("bias", nn.initializers.zeros, (self.features,)), y) if self.use_bias else y
 
 

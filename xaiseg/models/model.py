@@ -14,6 +14,7 @@ from xaiseg._types import LocalFn, LogitsFn, TappedFn
 from xaiseg.models.dynunet import DynUNet
 from xaiseg.models.forward import Forward, LogitsOf, TappedOf
 from xaiseg.models.nnunet import PlainConvUNet, ResidualEncoderUNet
+from xaiseg.models.precision import precision_of
 from xaiseg.models.spec import ModelSpec
 from xaiseg.models.swin_unetr import SwinUNETR
 from xaiseg.models.unet import UNet
@@ -28,17 +29,22 @@ NETWORKS: dict[str, type[nn.Module]] = {
 
 Variables = Mapping[str, Any]
 
+# Sides of a tile, in voxels, where strides allow. A wider one shares its linearisation among more voxels, and each of its rows
+# costs more: 16 was fastest for lesions of 20 to 200 voxels (scripts/performance.md).
+_TILE = 16
+
 
 @dataclass(frozen=True)
 class Model:
     """A network with its parameters, or an ensemble of one network with several sets of parameters.
 
     `logits_fn` and `tapped_fn` are pure and carry the parameters as pytree leaves. variables: of the network; of an ensemble, those
-    of each member by its name.
+    of each member by its name. precision: of convolutions and matrix products, one of `precision.PRECISIONS`.
     """
 
     spec: ModelSpec
     variables: Variables
+    precision: str = "float32"
 
     @property
     def network(self) -> nn.Module:
@@ -54,17 +60,31 @@ class Model:
 
     @property
     def local_fn(self) -> LocalFn | None:
-        """The logits of a tile of twice the network's total stride; None where a logit depends on the whole decoder."""
+        """The logits of a tile from the part of the window around it; None where a logit depends on the whole window."""
+        return self.local_logits()
+
+    def local_logits(self, side: int = _TILE) -> LocalFn | None:
+        """`local_fn` with tiles of about this side, as the network's strides allow."""
         network = self.network
-        if self._forward.passes > 1 or self._forward.slice_axis is not None:
-            return None
-        if not getattr(network, "has_local_decoder", False):
+        if self._forward.passes > 1 or self._forward.slice_axis is not None or not getattr(network, "is_local", False):
             return None
         alignment = network.tile_alignment
-        tile = tuple(2 * n for n in alignment)
-        if any(t >= w for t, w in zip(tile, self.spec.window, strict=True)):
-            return None
-        return LocalFn(Partial(_ApplyTile(network, tile), self.variables), tile, alignment)
+        tile = tuple(a * max(1, round(side / a)) for a in alignment)
+        cone = network.cone(tile)
+        return LocalFn(
+            Partial(_ApplyTile(network, tile, self.precision), self.variables), tile, alignment, cone.before, cone.after
+        )
+
+    @property
+    def stride(self) -> tuple[int, int, int]:
+        """What the sides of a grid must be multiples of.
+
+        Raises ValueError for a network that takes no grid but its window: slice by slice.
+        """
+        if self._forward.slice_axis is not None:
+            raise ValueError("a 2-D network takes volumes slice by slice, not whole")
+        x, y, z = self.network.tile_alignment
+        return x, y, z
 
     @property
     def parameter_count(self) -> int:
@@ -83,7 +103,9 @@ class Model:
 
     @property
     def _forward(self) -> Forward:
-        return Forward(self.network, slice_axis(self.spec), self.spec.mirror_axes, self.spec.members)
+        return Forward(
+            self.network, slice_axis(self.spec), self.spec.mirror_axes, self.spec.members, precision=self.precision
+        )
 
 
 def build_network(spec: ModelSpec) -> nn.Module:
@@ -147,9 +169,11 @@ class _ApplyTile:
 
     network: nn.Module
     tile: tuple[int, ...]
+    precision: str
 
-    def __call__(self, variables: Variables, x: Array, start: Array) -> Array:
-        return self.network.apply(variables, x, tile=(start, self.tile))[0]
+    def __call__(self, variables: Variables, field: Array, start: Array, sides: Array) -> Array:
+        with precision_of(self.precision):
+            return self.network.apply(variables, field, tile=(self.tile, start, sides))[0]
 
 
 def _hashable(value: Any) -> Any:

@@ -14,6 +14,7 @@ import numpy as np
 from jax import Array, lax
 
 from xaiseg.models.layers import Dense, LayerNorm
+from xaiseg.models.precision import at_precision
 
 # Which corner of each 2×2×2 cell comes where in the features that a merging joins. `legacy` repeats two corners and leaves out
 # two, a mistake that every network trained with MONAI up to 1.4 has learned with.
@@ -180,5 +181,5 @@ def _attend_by_chunks(q: Array, k: Array, v: Array, bias: Array, regions: np.nda
 
 def _product(a: Array, b: Array, contract: int) -> Array:
     """Matrix products over the first three axes: the last axis of `a` with axis `contract` of `b`."""
-    batch = (0, 1, 2)
-    return lax.dot_general(a, b, (((4,), (contract,)), (batch, batch)), precision=lax.Precision.HIGHEST)
+    numbers = (((4,), (contract,)), ((0, 1, 2), (0, 1, 2)))
+    return at_precision(lambda a, b, precision: lax.dot_general(a, b, numbers, precision=precision), a, b)

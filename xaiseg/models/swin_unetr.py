@@ -125,6 +125,11 @@ class SwinUNETR(nn.Module):
         window = self.attention_window
         return (window,) * self.ndim if isinstance(window, int) else tuple(window)
 
+    @property
+    def tile_alignment(self) -> tuple[int, ...]:
+        """What each side of a grid must be a multiple of."""
+        return (_MULTIPLE,) * self.ndim
+
     def _check(self, grid: Sequence[int]) -> None:
         check_norm(self.norm)
         if self.patch_merging not in MERGINGS:

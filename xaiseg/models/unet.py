@@ -5,8 +5,9 @@ from collections.abc import Mapping, Sequence
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 
+from xaiseg.models.cone import Cone, inside
 from xaiseg.models.layers import Conv, ConvTranspose, activate, check_activation, check_norm, normalise
 from xaiseg.models.taps import Taps
 
@@ -46,7 +47,7 @@ class UNet(nn.Module):
         x: Array,
         offsets: Mapping[str, Array] | None = None,
         train: bool = False,
-        tile: tuple[Array, Sequence[int]] | None = None,
+        tile: tuple[Sequence[int], Array, Array] | None = None,
     ) -> tuple[Array, dict[str, Array]]:
         """Logits `(N, *spatial, out_channels)` and the named taps for `x` `(N, *spatial, C)`.
 
@@ -57,20 +58,24 @@ class UNet(nn.Module):
         `decoder{i}.unit0.conv` are. `offsets[name]` is added at that tap, so that the derivative with respect to a zero offset is
         the gradient at that layer.
 
-        `tile = (start, size)` gives the logits of that part of the grid only, `(N, *size, out_channels)`, from a decoder that is
-        evaluated nowhere else: the same numbers. It needs `has_local_decoder`. `start` is a multiple of `tile_alignment`.
+        `tile = (size, start, sides)` gives the logits `(N, *size, out_channels)` of the part at `start` of a grid of `sides`, the
+        same numbers, and evaluates nothing else: `x` is then the field of the tile, see `cone`. It needs `is_local`. `size`,
+        `start` and `sides` are multiples of `tile_alignment`; the last two may be traced.
 
         Raises ValueError for options or a grid that do not fit.
         """
         self._check_options(tiled=tile is not None)
         steps = [self._per_axis(s) for s in self.strides]
-        if any(n % f for n, f in zip(x.shape[1:-1], self.tile_alignment, strict=True)):
+        grid = tile[0] if tile is not None else x.shape[1:-1]
+        if any(n % f for n, f in zip(grid, self.tile_alignment, strict=True)):
             raise ValueError(
-                f"a grid of {x.shape[1:-1]} does not fit the strides: "
-                f"each side must be a multiple of {list(self.tile_alignment)}"
+                f"a grid of {grid} does not fit the strides: each side must be a multiple of {list(self.tile_alignment)}"
             )
         tap = Taps(offsets)
         kernel, up_kernel, ones = map(self._per_axis, (self.kernel_size, self.up_kernel_size, 1))
+        cone = self.cone(tile[0]) if tile is not None else None
+        first = (0,) * self.ndim
+        padding = first if tile is not None else None
 
         def norm_act(name: str, y: Array) -> Array:
             return activate(normalise(y, self.norm, f"{name}_norm", train), self.activation, f"{name}_act")
@@ -84,8 +89,8 @@ class UNet(nn.Module):
         def down(name: str, y: Array, features: int, strides: Sequence[int]) -> Array:
             if self.residual_units:
                 return residual(name, y, features, strides, self.residual_units, top=False)
-            y = tap(f"{name}.conv", Conv(features, kernel, strides, self.use_bias, name=f"{name}_conv")(y))
-            return tap(name, norm_act(name, y))
+            conv = Conv(features, kernel, strides, self.use_bias, padding, name=f"{name}_conv")
+            return tap(name, norm_act(name, tap(f"{name}.conv", conv(y))))
 
         def up(name: str, y: Array, features: int, strides: Sequence[int], top: bool) -> Array:
             y = ConvTranspose(features, up_kernel, strides, self.use_bias, name=f"{name}_conv")(y)
@@ -94,38 +99,39 @@ class UNet(nn.Module):
                 return residual(name, norm_act(name, y), features, ones, 1, top)
             return y if top else tap(name, norm_act(name, y))
 
-        sides = _tile_sides(tile[1], steps, up_kernel) if tile is not None else []
-
-        def cut(grid: int, y: Array) -> Array:
-            """The part of a tensor on the grid below `grid` steps that the tile depends on, zero beyond the grid."""
+        def masked(y: Array, low: Sequence[int], level: int) -> Array:
+            """What lies beyond the grid of a level becomes the zero of the padding there."""
             if tile is None:
                 return y
-            origin = tile[0] // jnp.array([math.prod(axis) for axis in zip(*steps[:grid], strict=True)], jnp.int32)
-            corner = jnp.pad(origin, (1, 1))
-            padded = jnp.pad(y, ((0, 0), *((0, n) for n in sides[grid]), (0, 0)))
-            return lax.dynamic_slice(padded, corner, (y.shape[0], *sides[grid], y.shape[-1]))
-
-        def trim(grid: int, y: Array) -> Array:
-            """What an up-convolution of a cut tensor gives beyond the tile goes; beyond the grid it becomes the padding's zero."""
-            if tile is None:
-                return y
-            y = y[(slice(None), *(slice(n) for n in sides[grid]))]
-            if grid == 0:
-                return y
-            inside = cut(grid, jnp.ones((1, *skips[grid - 1].shape[1:-1], 1), y.dtype))
-            return y * inside
+            scale = jnp.array([math.prod(axis) for axis in zip(ones, *steps[:level], strict=True)], jnp.int32)
+            return y * inside(y.shape[1:-1], low, tile[1] // scale, tile[2] // scale, y.dtype)
 
         skips: list[Array] = []
+        if cone is not None:
+            x = masked(x, cone.encoder[0][0], 0)
         for level, (features, step) in enumerate(zip(self.channels[:-1], steps, strict=True)):
-            x = down(f"encoder{level}", x, features, step)
-            skips.append(x)
-        x = down("bottleneck", x, self.channels[-1], ones)
-        x = cut(len(steps), x)
-        for level in reversed(range(len(steps))):
-            x = jnp.concatenate([cut(level + 1, skips[level]), x], axis=-1)
+            x = down(f"encoder{level}", cone.input(level, x) if cone else x, features, step)
+            if cone is not None:
+                x = masked(x, cone.encoder[level + 1][0], level + 1)
+            skips.append(cone.skip(level + 1, x) if cone else x)
+        bottom = len(steps)
+        x = down("bottleneck", cone.input(bottom, x) if cone else x, self.channels[-1], ones)
+        x = masked(x, first, bottom)
+        for level in reversed(range(bottom)):
+            x = jnp.concatenate([skips[level], x], axis=-1)
             features = self.channels[level - 1] if level else self.out_channels
-            x = trim(level, up(f"decoder{level}", x, features, steps[level], top=level == 0))
+            x = up(f"decoder{level}", x, features, steps[level], top=level == 0)
+            if cone is not None:
+                x = x[(slice(None), *map(slice, cone.decoder[level]))]
+                x = masked(x, first, level) if level else x
         return tap("logits", x), tap.values
+
+    def cone(self, tile: Sequence[int]) -> Cone:
+        """What the logits of a tile of this size depend on. Raises ValueError unless the network `is_local`."""
+        if not self.is_local:
+            raise ValueError("this network has no logits of a tile alone")
+        steps = [self._per_axis(s) for s in self.strides]
+        return Cone.of(tile, steps, self._per_axis(self.kernel_size), self._per_axis(self.up_kernel_size))
 
     @property
     def tile_alignment(self) -> tuple[int, ...]:
@@ -133,12 +139,15 @@ class UNet(nn.Module):
         return tuple(math.prod(axis) for axis in zip(*map(self._per_axis, self.strides), strict=True))
 
     @property
-    def has_local_decoder(self) -> bool:
-        """Whether a tile of the logits can be had from a tile of the decoder: no statistics over the grid, and kernels no wider
-        than what the strides bring together, so that a tile needs nothing before its first voxel. Residual units are wider."""
-        up_kernel = self._per_axis(self.up_kernel_size)
-        narrow = all(k // 2 < s for step in self.strides for k, s in zip(up_kernel, self._per_axis(step), strict=True))
-        return self.norm in ("batch", "none") and narrow and not self.residual_units
+    def is_local(self) -> bool:
+        """Whether a tile of the logits can be had from the part of the grid around it: no statistics over the grid, and kernels
+        on the way up no wider than what the strides bring together, so that the decoder needs nothing before the tile's first
+        voxel. Residual units are wider."""
+        kernel, up_kernel = self._per_axis(self.kernel_size), self._per_axis(self.up_kernel_size)
+        steps = [self._per_axis(step) for step in self.strides]
+        narrow = all(u // 2 < s for step in steps for u, s in zip(up_kernel, step, strict=True))
+        odd = all(k % 2 for k in kernel)
+        return self.norm in ("batch", "none") and narrow and odd and not self.residual_units
 
     def _check_options(self, tiled: bool) -> None:
         if len(self.channels) < 2:
@@ -151,8 +160,8 @@ class UNet(nn.Module):
             raise ValueError(f"residual_units is {self.residual_units}, expected 0 or more")
         check_norm(self.norm)
         check_activation(self.activation)
-        if tiled and not self.has_local_decoder:
-            raise ValueError("this network's decoder is not local: it has no logits of a tile alone")
+        if tiled and not self.is_local:
+            raise ValueError("this network has no logits of a tile alone")
 
     def _per_axis(self, value: int | Sequence[int]) -> tuple[int, ...]:
         return (value,) * self.ndim if isinstance(value, int) else tuple(value)
@@ -190,15 +199,3 @@ class ResidualUnit(nn.Module):
             kernel_size = self.kernel_size if strided else ones
             x = Conv(self.features, kernel_size, self.strides, self.use_bias, name="residual")(x)
         return y + x
-
-
-def _tile_sides(size: Sequence[int], steps: Sequence[Sequence[int]], kernel: Sequence[int]) -> list[tuple[int, ...]]:
-    """Sides of what a tile depends on, on the grid of each level, the tile's own first.
-
-    Output `o` of an up-convolution with stride `s`, kernel `k`, padding `p = (k-1)//2` takes inputs up to `(o+p)//s`, and, the
-    tile being aligned and the kernel narrow, none before the tile's first.
-    """
-    sides = [tuple(size)]
-    for step in steps:
-        sides.append(tuple((n - 1 + (k - 1) // 2) // s + 1 for n, s, k in zip(sides[-1], step, kernel, strict=True)))
-    return sides

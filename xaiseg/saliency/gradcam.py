@@ -59,7 +59,7 @@ def gradcam_pp(*, layer: str) -> Explainer:
                 undefined, active = undefined + int(near), active + int(positive)
                 if progress is not None:
                     progress(1)
-            maps.append(crop_to_volume(plan, total, box.start))
+            maps.append(crop_to_volume(plan, jnp.asarray(total), box))
             extra = {"alpha_near_zero": undefined / active if active else 0.0}
             infos.append(Info(rows=len(windows), windows=len(windows), extra=extra))
         return maps, infos

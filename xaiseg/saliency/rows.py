@@ -1,42 +1,67 @@
 """Jacobian rows of the stitched logits, reduced as they stream by.
 
 The blended logit of a voxel is a fixed linear combination of the logits of the windows that hold it, `y[v] = Σ_w s_w(v) y_w[v]`, so
-its row is `Σ_w s_w(v) · ∂y_w[v]/∂x`: a few pull-backs, each through one window, and no other window of the volume matters.
-Each window is linearised once; its pull-back is then mapped over chunks of one-hot cotangents. A one-hot cotangent reaches only a
-small part of the decoder: where the network can compute the logits of a tile alone, the tile around the voxels is linearised.
+its row is `Σ_w s_w(v) · ∂y_w[v]/∂x`: a few pull-backs, each through one window, and no other window of the volume matters. The rows
+of all instances of a scan are scheduled together: each view is linearised once, chunks of rows of any instances stream through it,
+and each instance's running reduction stays on the device.
 """
 
-import math
-import os
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache, partial
-from typing import Any, NamedTuple
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from xaiseg._types import Aggregator, Explainer, Info, Instance, LogitsFn, Progress, SaliencyMap
-from xaiseg.errors import InputError
-from xaiseg.inference import Box, StitchedPredictor, WindowPlan, class_logit, cut, pad
+from xaiseg._types import Aggregator, Explainer, Info, Instance, Progress, SaliencyMap
+from xaiseg.inference import Box, StitchedPredictor, WindowPlan, logits_shape, pad
+from xaiseg.inference.devices import device_of, row_shards
+from xaiseg.saliency.aggregators import mean, total
+from xaiseg.saliency.linearise import (
+    Chunk,
+    Views,
+    box_bytes,
+    chunk_sizes,
+    held_rows,
+    pull_rows,
+    row_chunks,
+    sum_chunks,
+)
+from xaiseg.saliency.schedule import Geometry, Portion, Region, by_view, passes, portions, regions, spread
+from xaiseg.saliency.targets import Head, Target, head
 
-# Windows kept linearised at once. A voxel lies in up to three per axis, since the last start is clamped (182 voxels: 0, 72, 86).
-_LINEARISED = 27
-# Fewer where they outgrow a quarter of the memory: a window of a Swin UNETR keeps gigabytes. Those of one voxel are needed at once.
-_LINEARISED_SHARE = 4
-# On CPU a chunk whose temporaries outgrow this is slower per row than a smaller one: fresh pages cost more than batching saves.
-_CPU_WORKING_SET = 64 * 2**20
-_MAX_CHUNK = 128
+# Chunks on their way at once: the next is prepared while one is computed.
+_IN_FLIGHT = 2
 
 
-def jacobian_rows(aggregator: Aggregator, *, chunk: int | None = None, memory: int | None = None) -> Explainer:
-    """An explainer: the rows of each instance, reduced by `aggregator`.
+def jacobian_rows(
+    aggregator: Aggregator, *, target: Target | str = "logit", chunk: int | None = None, memory: int | None = None
+) -> Explainer:
+    """The rows `∂t(y[v])/∂x`, `v ∈ Ω`, of each instance's Jacobian, reduced by `aggregator`.
 
-    chunk: rows pulled back together; by default as many as are fast. memory: bytes the temporaries of a chunk may take; it lowers
-    the chunk. Neither changes the result beyond float addition order. The explainer raises InputError where one row alone needs
-    more than `memory`.
+    target: `t`, see `targets.Target`. chunk: rows pulled back together; by default as many as are fast. memory: bytes that the
+    temporaries of a chunk, and besides them the linearised views kept at once, may take; it lowers the chunk. Neither changes the
+    result beyond float addition order, and nor does the number of devices of the predictor's mesh.
+
+    Maps `(x, y, z, C)` are signed and unscaled, in Δtarget per unit of the image.
+    The explainer raises InputError where one row alone needs more than `memory`, ValueError for a class that does not exist.
+
+    >>> import jax, jax.numpy as jnp, numpy as np, xaiseg
+    >>> def logits_fn(x):  # of class 1: three times the first channel, minus the neighbour's second
+    ...     return jnp.stack([x[..., 0], 3 * x[..., 0] - jnp.roll(x[..., 1], 1, axis=1)], -1)
+    >>> predictor = xaiseg.StitchedPredictor(logits_fn, window=(4, 4, 4))
+    >>> lesion = xaiseg.Instance(1, np.array([[1, 1, 1], [2, 1, 1]], np.int32))
+    >>> explain = xaiseg.jacobian_rows(xaiseg.signed_max())
+    >>> (saliency,), (info,) = explain(jax.random.key(0), predictor, jnp.ones((4, 4, 4, 2)), [lesion])
+    >>> saliency.values[:, 1, 1].tolist()
+    [[0.0, -1.0], [3.0, -1.0], [3.0, 0.0], [0.0, 0.0]]
+    >>> info.rows, info.windows
+    (2, 1)
     """
 
     def explain(
@@ -47,264 +72,211 @@ def jacobian_rows(aggregator: Aggregator, *, chunk: int | None = None, memory: i
         *,
         progress: Progress | None = None,
     ) -> tuple[list[SaliencyMap], list[Info]]:
+        if not instances:
+            return [], []
         plan = predictor.plan(image.shape)
-        linearised = _Linearised(predictor, plan, pad(image, plan), memory)
-        maps, infos = [], []
-        for instance in instances:
-            groups = list(window_groups(plan, instance))
-            region = plan.bounding_box(np.concatenate([g.windows for g in groups]))
-            state = aggregator.init((*region.shape, image.shape[-1]))
-            for group in groups:
-                box = plan.bounding_box(group.windows)
-                inner = np.array(box.start, np.int32) - np.array(region.start, np.int32)
-                for rows, index, weight in _stream(linearised, group, box, aggregator, chunk, memory):
-                    state = _update(aggregator, state, rows, index, weight, inner)
-                    if progress is not None:
-                        jax.block_until_ready(state)
-                        progress(int(np.count_nonzero(weight)) * len(group.windows))
-            maps.append(crop_to_volume(plan, np.asarray(aggregator.finalize(state)), region.start))
-            infos.append(
-                Info(rows=count_rows(groups, aggregator), windows=len({w for g in groups for w in g.windows.tolist()}))
-            )
+        geometry = Geometry.of(plan, predictor.local_fn)
+        work = portions(geometry, instances)
+        where = regions(geometry, work, len(instances))
+        job = _Job(aggregator, head_of(predictor, target, image), geometry, where, chunk, memory)
+        states = job.run(row_shards(predictor), work, image, progress)
+        maps = [crop_to_volume(plan, _finalize(aggregator, states[i]), region.box) for i, region in enumerate(where)]
+        infos = [Info(rows=r, windows=w) for r, w in passes(work, len(instances), aggregator.linear)]
         return maps, infos
 
     return explain
 
 
-class WindowGroup(NamedTuple):
-    """Voxels of an instance that lie in the same windows.
+def input_gradient(
+    *, reduce: str = "sum", target: Target | str = "logit", chunk: int | None = None, memory: int | None = None
+) -> Explainer:
+    """The gradient of the target, summed (`reduce="sum"`) or averaged (`"mean"`) over the instance, at the image: one pass a view.
 
-    windows: `(m,)` numbers of the plan. rows: `(n,)` row numbers. local: `(m, n, 3)` places in each window.
-    share: `(m, n)` blend shares.
+    It is `jacobian_rows` with a linear aggregator. Raises ValueError for another reduction.
+
+    >>> import jax, jax.numpy as jnp, numpy as np, xaiseg
+    >>> predictor = xaiseg.StitchedPredictor(lambda x: x**2, window=(2, 2, 2), target_class=0)
+    >>> lesion = xaiseg.Instance(1, np.array([[0, 0, 0], [0, 0, 1]], np.int32))
+    >>> image = jnp.arange(8.0).reshape(2, 2, 2, 1)
+    >>> (saliency,), _ = xaiseg.input_gradient()(jax.random.key(0), predictor, image, [lesion])
+    >>> saliency.values[0, 0, :, 0].tolist()
+    [0.0, 2.0]
     """
-
-    windows: np.ndarray
-    rows: np.ndarray
-    local: np.ndarray
-    share: np.ndarray
-
-
-def window_groups(plan: WindowPlan, instance: Instance) -> Iterator[WindowGroup]:
-    """The voxels of an instance, grouped by the set of windows that hold them."""
-    local, share = plan.coverage(instance.voxels)
-    members, group_of = np.unique(share > 0, axis=1, return_inverse=True)
-    for number, held in enumerate(members.T):
-        windows, index = np.flatnonzero(held), np.flatnonzero(group_of.reshape(-1) == number)
-        yield WindowGroup(windows, index.astype(np.int32), local[windows][:, index], share[windows][:, index])
+    reductions = {"sum": total, "mean": mean}
+    if reduce not in reductions:
+        raise ValueError(f"reduce is {reduce!r}, expected sum or mean")
+    return jacobian_rows(reductions[reduce](), target=target, chunk=chunk, memory=memory)
 
 
-def count_rows(groups: Sequence[WindowGroup], aggregator: Aggregator) -> int:
-    """Backward passes through one window that the rows of an instance take."""
-    return sum(len(g.windows) * (1 if aggregator.linear else len(g.rows)) for g in groups)
+def head_of(predictor: StitchedPredictor, target: Target | str, image: Array) -> Head:
+    """The target of a predictor's logits. Raises ValueError as `targets.head`."""
+    window = jax.ShapeDtypeStruct((1, *predictor.plan(image.shape).window, image.shape[-1]), image.dtype)
+    logits = logits_shape(predictor.logits_fn, window)
+    return head(target, predictor.target_class, predictor.output_activation, logits.shape[-1])
 
 
-def crop_to_volume(plan: WindowPlan, values: np.ndarray, start: Sequence[int]) -> SaliencyMap:
-    """A map over part of the padded volume, cut where that reaches beyond the volume itself."""
-    low = [s - lo for s, (lo, _) in zip(start, plan.padding, strict=True)]
+def crop_to_volume(plan: WindowPlan, values: Array, box: Box) -> SaliencyMap:
+    """The map over a box of the padded volume, the first part of `values`, cut where the box reaches beyond the volume itself."""
+    low = [s - lo for s, (lo, _) in zip(box.start, plan.padding, strict=True)]
     first = [max(a, 0) for a in low]
-    last = [min(a + n, size) for a, n, size in zip(low, values.shape, plan.shape, strict=False)]
-    inside = tuple(slice(f - a, e - a) for f, e, a in zip(first, last, low, strict=True))
-    return SaliencyMap(values[inside], (first[0], first[1], first[2]))
+    last = [min(a + n, size) for a, n, size in zip(low, box.shape, plan.shape, strict=True)]
+    inside = np.array([*(f - a for f, a in zip(first, low, strict=True)), 0], np.int32)
+    shape = (*(e - f for f, e in zip(first, last, strict=True)), values.shape[-1])
+    cropped = values if shape == values.shape else _crop(values, inside, shape)
+    return SaliencyMap(cropped, (first[0], first[1], first[2]))
 
 
-def _stream(
-    linearised: "_Linearised",
-    group: WindowGroup,
-    box: Box,
-    aggregator: Aggregator,
-    chunk: int | None,
-    memory: int | None,
-) -> Iterator[tuple[Array, np.ndarray, np.ndarray]]:
-    """Chunks of rows over the group's box, `(K, *box, C)`, with their row numbers and weights."""
-    plan = linearised.plan
-    offsets = plan.starts[group.windows] - np.array(box.start, np.int32)
-    channels = linearised.channels
-    if aggregator.linear:
-        # the sum of the rows is one pull-back of the summed cotangents
-        if memory is not None:
-            chunk_size(linearised.window(int(group.windows[0])), plan.window, 1, memory)
-        rows = None
-        for window, local, share, offset in zip(group.windows, group.local, group.share, offsets, strict=True):
-            cotangent = np.zeros(plan.window, np.float32)
-            cotangent[tuple(local.T)] = share
-            rows = _add(rows, _pull_one(linearised.window(int(window)), cotangent)[None], offset, box.shape)
-        assert rows is not None
-        yield rows, group.rows[:1], np.array([len(group.rows)], np.float32)
-        return
-    for part, starts, sides in linearised.tiles(group):
-        pulls = [linearised.tile(int(w), start) for w, start in zip(part.windows, starts, strict=True)]
-        places = part.local - starts[:, None]
-        box_bytes = 4 * channels * math.prod(box.shape) if len(pulls) > 1 else 0
-        size = chunk_size(pulls[0], sides, chunk, memory, box_bytes)
-        size = min(size, 1 << (len(part.rows) - 1).bit_length())
-        for first in range(0, len(part.rows), size):
-            held = slice(first, first + size)
-            weight = np.ones(len(part.rows[held]), np.float32)
-            rows = None
-            for pull, place, share, offset in zip(pulls, places, part.share, offsets, strict=True):
-                piece = _pull_rows(pull, _fill(place[held], size), _fill(share[held], size), sides)
-                rows = _add(rows, piece, offset, box.shape)
-            assert rows is not None
-            yield rows, _fill(part.rows[held], size), _fill(weight, size)
-
-
-def _fill(array: np.ndarray, size: int) -> np.ndarray:
-    """Zeros behind the last rows, so that every chunk has the one compiled shape; a row with share 0 is a zero row."""
-    return np.pad(array, [(0, size - len(array))] + [(0, 0)] * (array.ndim - 1))
-
-
-def chunk_size(pull: Any, window: tuple[int, ...], chunk: int | None, memory: int | None, extra: int = 0) -> int:
-    """Rows to pull back together: `chunk` if given, else what is fast here and fits into `memory` bytes.
-
-    `extra` bytes a row are needed besides the pull-back.
-
-    Raises InputError where `memory` holds fewer than the rows asked for.
-    """
-    needed = row_bytes(pull, window) + extra
-    if memory is not None and memory < needed * (chunk or 1):
-        rows = f"a chunk of {chunk} rows" if chunk else "one row"
-        raise InputError(
-            f"--memory {memory / 2**20:.3g} MiB is too little: {rows} of this network takes "
-            f"{needed * (chunk or 1) / 2**20:.3g} MiB; "
-            f"give more memory{' or a smaller --chunk' if chunk else ''}"
-        )
-    if chunk is not None:
-        return chunk
-    budget = _CPU_WORKING_SET if jax.default_backend() == "cpu" else _device_budget()
-    if memory is not None:
-        budget = min(budget, memory)
-    return max(1, min(_MAX_CHUNK, budget // max(needed, 1)))
-
-
-def row_bytes(pull: Any, window: tuple[int, ...]) -> int:
-    """Bytes of temporaries and output that one row takes, as XLA plans them."""
-    leaves, treedef = jax.tree.flatten(pull)
-    return _row_bytes(treedef, tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in leaves), window)
-
-
-@lru_cache(maxsize=32)
-def _row_bytes(treedef: Any, leaves: tuple[jax.ShapeDtypeStruct, ...], window: tuple[int, ...]) -> int:
-    place = jax.ShapeDtypeStruct((1, len(window)), jnp.int32)
-    share = jax.ShapeDtypeStruct((1,), jnp.float32)
-    compiled = _pull_rows.lower(jax.tree.unflatten(treedef, leaves), place, share, window).compile()
-    analysis = compiled.memory_analysis()
-    if analysis is None:
-        return 0
-    return int(analysis.temp_size_in_bytes + analysis.output_size_in_bytes)
-
-
-def _device_budget() -> int:
-    return max(_total_memory() // 2, 2**30)
-
-
-def _total_memory() -> int:
-    """Bytes of the device; on CPU, of the machine."""
-    stats = jax.local_devices()[0].memory_stats() or {}
-    return int(stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-
-
-class _Linearised:
-    """Pull-backs of windows of one volume, the last few kept: of the whole window, or of a tile of its logits."""
+class _Job:
+    """The rows of all instances at one image, on one device or several."""
 
     def __init__(
-        self, predictor: StitchedPredictor, plan: WindowPlan, padded: Array, memory: int | None = None
+        self,
+        aggregator: Aggregator,
+        head: Head,
+        geometry: Geometry,
+        where: Sequence[Region],
+        chunk: int | None,
+        memory: int | None,
     ) -> None:
-        self.plan = plan
-        self.channels = padded.shape[-1]
-        self._predictor, self._padded = predictor, padded
-        self._kept: OrderedDict[tuple[int, ...], Any] = OrderedDict()
-        self._budget = memory if memory is not None else _total_memory() // _LINEARISED_SHARE
+        self.aggregator, self.head, self.geometry, self.where = aggregator, head, geometry, where
+        self.chunk, self.memory = chunk, memory
+        self._progress_lock = threading.Lock()
 
-    def window(self, window: int) -> Any:
-        p, start = self._predictor, self.plan.starts[window]
-        return self._keep(
-            (window,), lambda: linearise_window(p.logits_fn, self._padded, start, p.window, p.target_class)
-        )
+    def run(
+        self, shards: Sequence[StitchedPredictor], work: list[Portion], image: Array, progress: Progress | None
+    ) -> dict[int, Any]:
+        """The state of each instance, on the first device."""
+        views = [self._views(shard, image) for shard in shards]
+        if self.aggregator.linear:
+            # a nonlinear target's derivatives need all views of a voxel; the sums then take one view at a time
+            known = [portion._replace(values=np.asarray(views[0].values(portion))) for portion in work]
+            work = by_view(known)
 
-    def tile(self, window: int, start: np.ndarray) -> Any:
-        """The pull-back of the tile that begins at `start` within a window; of the window, if the network has no tiles."""
-        p, corner = self._predictor, self.plan.starts[window]
-        if p.local_fn is None:
-            return self.window(window)
-        function = p.local_fn.function
-        return self._keep(
-            (window, *start.tolist()),
-            lambda: _linearise_tile(function, self._padded, corner, start, p.window, p.target_class),
-        )
+        def told(rows: int) -> None:
+            if progress is not None:
+                with self._progress_lock:
+                    progress(rows)
 
-    def tiles(self, group: WindowGroup) -> Iterator[tuple[WindowGroup, np.ndarray, tuple[int, ...]]]:
-        """A group in parts, each of which lies in one tile of every window: the part, `(m, 3)` tile starts, and tile sides."""
-        local_fn = self._predictor.local_fn
-        if local_fn is None:
-            yield group, np.zeros((len(group.windows), 3), np.int32), self.plan.window
-            return
-        align, tile = np.array(local_fn.alignment, np.int32), np.array(local_fn.tile, np.int32)
+        def one(shard: StitchedPredictor, views: Views, share: list[Portion]) -> dict[int, Any]:
+            return self._states(device_of(shard), views, share, image.shape[-1], told)
 
-        def starts(part: WindowGroup) -> np.ndarray:
-            return np.minimum(part.local.min(1) // align * align, np.array(self.plan.window, np.int32) - tile)
+        shares = spread(work, len(shards))
+        if len(shards) == 1:
+            return one(shards[0], views[0], shares[0])
+        with ThreadPoolExecutor(len(shards)) as pool:
+            return _merged(self.aggregator, list(pool.map(one, shards, views, shares)), device_of(shards[0]))
 
-        parts = [group]
-        if (group.local.max(1) >= starts(group) + tile).any():
-            # a block as large as the alignment fits into a tile of twice that, however the windows cut it
-            blocks, block_of = np.unique(group.local[0] // align, axis=0, return_inverse=True)
-            held = [np.flatnonzero(block_of.reshape(-1) == number) for number in range(len(blocks))]
-            parts = [WindowGroup(group.windows, group.rows[h], group.local[:, h], group.share[:, h]) for h in held]
-        for part in parts:
-            yield part, starts(part), local_fn.tile
+    def _views(self, shard: StitchedPredictor, image: Array) -> Views:
+        device = device_of(shard)
+        image = image if device is None else jax.device_put(image, device)
+        return Views(shard, self.geometry, pad(image, self.geometry.plan), self.head, self.memory)
 
-    def _keep(self, key: tuple[int, ...], make: Callable[[], Any]) -> Any:
-        if key not in self._kept:
-            while self._kept and (len(self._kept) >= _LINEARISED or self._full()):
-                self._kept.popitem(last=False)
-            self._kept[key] = make()
-        self._kept.move_to_end(key)
-        return self._kept[key]
+    def _states(
+        self, device: Any, views: Views, work: list[Portion], channels: int, progress: Progress
+    ) -> dict[int, Any]:
+        found: dict[int, Any] = {}
+        flying: deque[tuple[Array, int]] = deque()
+        for portion in work:
+            for chunk, rows in self._rows(views, portion, channels):
+                corner = np.array(self.geometry.box(portion.views).start, np.int32)
+                for number in np.unique(chunk.instance[chunk.weight > 0]).tolist():
+                    region = self.where[number]
+                    if number not in found:
+                        found[number] = _init(self.aggregator, (*region.room, channels), device)
+                    weight = np.where(chunk.instance == number, chunk.weight, 0).astype(np.float32)
+                    inner = corner - np.array(region.box.start, np.int32)
+                    found[number], done = _update(self.aggregator, found[number], rows, chunk.number, weight, inner)
+                flying.append((done, chunk.rows * len(portion.views)))
+                if len(flying) > _IN_FLIGHT:
+                    _land(flying, progress)
+        while flying:
+            _land(flying, progress)
+        return found
 
-    def _full(self) -> bool:
-        """Whether one more would outgrow the budget, all being as large as the last."""
-        newest = next(reversed(self._kept.values()))
-        return (len(self._kept) + 1) * sum(leaf.nbytes for leaf in jax.tree.leaves(newest)) > self._budget
-
-
-@partial(jax.jit, static_argnums=(3, 4))
-def linearise_window(
-    logits_fn: LogitsFn, padded: Array, start: Array, window: tuple[int, ...], target_class: int
-) -> Any:
-    x = cut(padded, start, window)
-    _, pull = jax.vjp(lambda x: class_logit(logits_fn(x[None]), window, target_class), x)
-    return pull
-
-
-@partial(jax.jit, static_argnums=(4, 5))
-def _linearise_tile(
-    function: Any, padded: Array, start: Array, tile_start: Array, window: tuple[int, ...], target_class: int
-) -> Any:
-    x = cut(padded, start, window)
-    _, pull = jax.vjp(lambda x: function(x[None], tile_start)[0, ..., target_class], x)
-    return pull
-
-
-@partial(jax.jit, static_argnums=3)
-def _pull_rows(pull: Any, local: Array, share: Array, window: tuple[int, ...]) -> Array:
-    def row(place: Array, value: Array) -> Array:
-        cotangent = jnp.zeros(window, jnp.float32).at[place[0], place[1], place[2]].set(value)
-        return pull(cotangent)[0]
-
-    return jax.vmap(row)(local, share)
+    def _rows(self, views: Views, portion: Portion, channels: int) -> Iterator[tuple[Chunk, Array]]:
+        """Chunks of a portion's rows over the box of its views, `(K, *box, C)`, each summed over the views."""
+        box = self.geometry.box(portion.views)
+        several = len(portion.views) > 1
+        extra = box_bytes(box.shape, channels) if several else 0
+        sizes = chunk_sizes(views[portion.views[0]], self.chunk, self.memory, extra)
+        values = views.values(portion)
+        make = sum_chunks if self.aggregator.linear else row_chunks
+        for block in _blocks(make(portion, values, sizes), held_rows(views, portion, sizes)):
+            sums: list[Array | None] = [None] * len(block)
+            for number, view in enumerate(portion.views):
+                linear, offset = views[view], self.geometry.corner(view) - np.array(box.start, np.int32)
+                for i, chunk in enumerate(block):
+                    piece = pull_rows(linear, chunk, number, self.geometry.sides)
+                    sums[i] = _add(sums[i], piece, offset, box.shape)
+            for i, chunk in enumerate(block):
+                rows, sums[i] = sums[i], None
+                assert rows is not None
+                yield chunk, rows
 
 
-@jax.jit
-def _pull_one(pull: Any, cotangent: Array) -> Array:
-    return pull(cotangent)[0]
+def _blocks(chunks: Iterator[Chunk], rows: int) -> Iterator[list[Chunk]]:
+    block: list[Chunk] = []
+    for chunk in chunks:
+        if block and sum(len(c.number) for c in block) + len(chunk.number) > rows:
+            yield block
+            block = []
+        block.append(chunk)
+    if block:
+        yield block
+
+
+def _land(flying: deque[tuple[Array, int]], progress: Progress) -> None:
+    done, rows = flying.popleft()
+    jax.block_until_ready(done)
+    progress(rows)
+
+
+def _merged(aggregator: Aggregator, states: list[dict[int, Any]], device: Any) -> dict[int, Any]:
+    merged = states[0]
+    for more in states[1:]:
+        for number, state in more.items():
+            state = jax.device_put(state, device)
+            merged[number] = _merge(aggregator, merged[number], state) if number in merged else state
+    return merged
+
+
+def _init(aggregator: Aggregator, shape: tuple[int, ...], device: Any) -> Any:
+    # every leaf of its own, or one buffer would be given away twice
+    state = jax.tree.map(jnp.copy, _blank(aggregator, shape))
+    return state if device is None else jax.device_put(state, device)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _blank(aggregator: Aggregator, shape: tuple[int, ...]) -> Any:
+    return aggregator.init(shape)
+
+
+@partial(jax.jit, static_argnums=0)
+def _merge(aggregator: Aggregator, a: Any, b: Any) -> Any:
+    return aggregator.merge(a, b)
+
+
+@partial(jax.jit, static_argnums=0)
+def _finalize(aggregator: Aggregator, state: Any) -> Array:
+    return aggregator.finalize(state)
+
+
+@partial(jax.jit, static_argnums=2)
+def _crop(values: Array, corner: Array, shape: tuple[int, ...]) -> Array:
+    return jax.lax.dynamic_slice(values, corner, shape)
 
 
 def _add(rows: Array | None, piece: Array, offset: np.ndarray, box: tuple[int, ...]) -> Array:
-    """Add a window's piece of some rows at its offset in the box; a piece that is the whole box starts the sum."""
+    """Add a view's piece of some rows at its offset in the box; a piece that is the whole box starts the sum."""
     if rows is None:
-        if piece.shape[1:4] == box:
-            return piece
-        rows = jnp.zeros((piece.shape[0], *box, piece.shape[-1]), jnp.float32)
+        return piece if piece.shape[1:4] == box else _place(piece, offset, box)
     return _add_at(rows, piece, offset)
+
+
+@partial(jax.jit, static_argnums=2)
+def _place(piece: Array, offset: Array, box: tuple[int, ...]) -> Array:
+    rows = jnp.zeros((piece.shape[0], *box, piece.shape[-1]), piece.dtype)
+    return jax.lax.dynamic_update_slice(rows, piece, jnp.pad(offset, (1, 1)))
 
 
 @partial(jax.jit, donate_argnums=0)
@@ -314,12 +286,25 @@ def _add_at(rows: Array, part: Array, offset: Array) -> Array:
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=1)
-def _update(aggregator: Aggregator, state: Any, rows: Array, index: Array, weight: Array, inner: Array) -> Any:
-    """Update the part of the state that lies in the rows' box; beyond it the rows are zero.
+def _update(
+    aggregator: Aggregator, state: Any, rows: Array, index: Array, weight: Array, inner: Array
+) -> tuple[Any, Array]:
+    """Update the part of an instance's state that lies in the rows' box; beyond it its rows are zero.
 
-    Leaves of an aggregator's state are scalars or have the map's shape, in which case the box is cut out of them.
+    Leaves of an aggregator's state are scalars, or have the map's shape last, of which the box is cut out. Rows of other instances
+    in the chunk have weight 0. The second result tells when this is done.
     """
-    corner = jnp.pad(inner, (0, 1))
-    part = jax.tree.map(lambda a: jax.lax.dynamic_slice(a, corner, rows.shape[1:]) if a.ndim else a, state)
-    part = aggregator.update(part, rows, index, weight)
-    return jax.tree.map(lambda a, b: jax.lax.dynamic_update_slice(a, b, corner) if a.ndim else b, state, part)
+    own = jnp.where((weight > 0).reshape(-1, 1, 1, 1, 1), rows, jnp.zeros_like(rows))
+    box = rows.shape[1:]
+
+    def corner(leaf: Array) -> Array:
+        return jnp.pad(inner, (leaf.ndim - len(box), 1))
+
+    def take(leaf: Array) -> Array:
+        return jax.lax.dynamic_slice(leaf, corner(leaf), (*leaf.shape[: -len(box)], *box)) if leaf.ndim else leaf
+
+    def put(leaf: Array, part: Array) -> Array:
+        return jax.lax.dynamic_update_slice(leaf, part, corner(leaf)) if leaf.ndim else part
+
+    part = aggregator.update(jax.tree.map(take, state), own, index, weight)
+    return jax.tree.map(put, state, part), weight.sum()
