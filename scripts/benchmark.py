@@ -9,9 +9,9 @@
 Both sides get the same weights, input and number of threads, or the same GPU in float32, and take turns, so that a busy moment hits
 both; where they do not agree nothing is timed. Memory is measured in processes of their own.
 
-`--published` explains each lesion (signed maximum, one sample, no noise), and so does `scripts/published.py`: PyTorch, in which each
-row goes back through all windows of the volume, or through the whole volume at once. xaiseg is timed warm; its first call, with what
-of it was compilation, is printed beside. On CPU PyTorch computes the U-Net's lesions in full and two rows of the others'
+`--published` explains lesions (signed maximum, one sample, no noise) and compares with `scripts/published.py`: PyTorch, where a row
+goes back through all windows of the volume, or through the whole volume at once. xaiseg is timed warm; its first call, and what of
+it was compilation, is printed beside. On CPU PyTorch computes the U-Net's lesions in full and two rows of the others'
 (`--baseline-rows`): its time is then scaled to the lesion, and the maps of these rows are compared.
 """
 

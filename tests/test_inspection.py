@@ -9,7 +9,8 @@ import tiny
 from xaiseg.cli import main
 from xaiseg.inspection import flops, inspect, receptive_field
 from xaiseg.models import Model, ModelSpec, build_network
-from xaiseg.saliency.rows import linearise_window
+from xaiseg.saliency.linearise import linearise_window
+from xaiseg.saliency.targets import head
 
 
 def unet(channels, strides, window, norm="batch", ndim=3, **changes):
@@ -77,7 +78,8 @@ def test_statistics_of_the_window_widen_it():
 
 def test_what_is_kept_of_a_window():
     model = unet([4, 8], [2], (16, 16, 16))
-    pull = linearise_window(model.logits_fn, jnp.ones((16, 16, 16, 2)), np.zeros(3, np.int32), (16, 16, 16), 1)
+    lesion = head("logit", 1, "softmax", 2)
+    _, pull = linearise_window(model.logits_fn, jnp.ones((16, 16, 16, 2)), np.zeros(3, np.int32), (16, 16, 16), lesion)
     found = inspect(model)
     assert found.linearised_bytes == sum(leaf.nbytes for leaf in jax.tree.leaves(pull))
     assert found.row_bytes >= 16**3 * 2 * 4

@@ -12,6 +12,7 @@ from jax import Array
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from xaiseg._types import LogitsFn
+from xaiseg.inference import logits_shape
 from xaiseg.models import Model, build_network, expected_variables
 from xaiseg.saliency.linearise import Linear, linearise_window, row_bytes
 from xaiseg.saliency.targets import head
@@ -51,7 +52,7 @@ def inspect(model: Model) -> Inspection:
     batch = jax.ShapeDtypeStruct((1, *window.shape), jnp.float32)
     logits_fn = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), model.logits_fn)
     forward = jax.jit(lambda f, x: f(x))
-    classes = jax.eval_shape(logits_fn, batch).shape[-1]
+    classes = logits_shape(logits_fn, batch).shape[-1]
     lesion = head("logit", spec.target_class, spec.output_activation, classes)
     linear = Linear(*linearise_window.lower(logits_fn, window, np.zeros(3, np.int32), spec.window, lesion).out_info)
     pull, logit = linear.pull, jax.ShapeDtypeStruct(linear.logits.shape, jnp.float32)

@@ -77,7 +77,7 @@ def own_maps(
 def test_every_file_and_no_other(out: Path) -> None:
     lesions = [f"space-orig_desc-{m}_lesion-00{n}_saliency" for m in ("smoothgrad", "gradcampp") for n in (1, 2)]
     names = [f"{lesion}.{ending}" for lesion in lesions for ending in ("nii.gz", "png")]
-    names += ["desc-lesions.tsv", "space-orig_desc-instances_dseg.nii.gz"]
+    names += ["desc-smoothgrad_convergence.png", "desc-lesions.tsv", "space-orig_desc-instances_dseg.nii.gz"]
     names += ["space-orig_label-L_mask.nii.gz", "space-orig_label-L_probseg.nii.gz"]
     top = ["dataset_description.json", ".bidsignore", "desc-smoothgrad_saliency.json", "desc-gradcampp_saliency.json"]
     top += ["lesions.tsv", "lesions.json", "cases.tsv", "cases.json", "desc-smoothgrad_summary.png", "logs/run.json"]

@@ -292,7 +292,7 @@ def _activation_maps(name: str, model: Model, settings: Settings) -> Method:
         unit="arbitrary units",
         signed=False,
         cost=_window_cost,
-        settings=common,
+        settings={**common, "layer": layers[0] if len(layers) == 1 else layers},
         extra=extra,
     )
 

@@ -14,7 +14,7 @@ from xaiseg._types import LocalFn, LogitsFn, TappedFn
 from xaiseg.models.dynunet import DynUNet
 from xaiseg.models.forward import Forward, LogitsOf, TappedOf
 from xaiseg.models.nnunet import PlainConvUNet, ResidualEncoderUNet
-from xaiseg.models.precision import precision_of
+from xaiseg.models.precision import check_precision, precision_of
 from xaiseg.models.spec import ModelSpec
 from xaiseg.models.swin_unetr import SwinUNETR
 from xaiseg.models.unet import UNet
@@ -45,6 +45,9 @@ class Model:
     spec: ModelSpec
     variables: Variables
     precision: str = "float32"
+
+    def __post_init__(self) -> None:
+        check_precision(self.precision)
 
     @property
     def network(self) -> nn.Module:

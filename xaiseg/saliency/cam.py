@@ -64,6 +64,17 @@ def seg_gradcam(*, layer: Layers, target: Target | str = "logit") -> Explainer:
     Vinogradova, Dibrov & Myers, *Towards Interpretable Semantic Segmentation via Gradient-weighted Class Activation Mapping*, AAAI
     2020: Grad-CAM with a class's logits summed over a set of pixels in place of the score of a class. Of their sets, all pixels
     of the class are `gradcam(region="class")`, and one pixel is an instance of one voxel.
+
+    >>> import jax, jax.numpy as jnp, numpy as np
+    >>> from xaiseg import Instance, StitchedPredictor
+    >>> def tapped(x, offsets):
+    ...     a = x + offsets.get("layer", 0.0)
+    ...     return 2 * a, {"layer": a}
+    >>> predictor = StitchedPredictor(lambda x: tapped(x, {})[0], (1, 1, 4), target_class=0, tapped_fn=tapped)
+    >>> lesion, image = Instance(1, np.array([[0, 0, 2]], np.int32)), jnp.arange(-1.0, 3.0).reshape(1, 1, 4, 1)
+    >>> (saliency,), (info,) = seg_gradcam(layer="layer")(jax.random.key(0), predictor, image, [lesion])
+    >>> saliency.values.ravel().tolist()
+    [0.0, 0.0, 0.5, 1.0]
     """
     return gradcam(layer=layer, target=target, region="instance")
 
@@ -94,6 +105,17 @@ def layercam(*, layer: Layers, target: Target | str = "logit", region: str = "in
     Jiang et al., *LayerCAM: Exploring Hierarchical Class Activation Maps for Localization*, IEEE TIP 2021. Its maps of several
     layers are joined by the maximum after scaling; here each is a channel, unscaled. For layers, target, windows and errors see
     the module.
+
+    >>> import jax, jax.numpy as jnp, numpy as np
+    >>> from xaiseg import Instance, StitchedPredictor
+    >>> def tapped(x, offsets):
+    ...     a = x + offsets.get("layer", 0.0)
+    ...     return a**2, {"layer": a}
+    >>> predictor = StitchedPredictor(lambda x: tapped(x, {})[0], (1, 1, 4), target_class=0, tapped_fn=tapped)
+    >>> lesion, image = Instance(1, np.array([[0, 0, 2]], np.int32)), jnp.arange(-1.0, 3.0).reshape(1, 1, 4, 1)
+    >>> (saliency,), (info,) = layercam(layer="layer")(jax.random.key(0), predictor, image, [lesion])
+    >>> saliency.values.ravel().tolist()
+    [0.0, 0.0, 2.0, 0.0]
     """
     return explainer("LayerCAM", _First(_positive), layer, target, region)
 

@@ -27,7 +27,7 @@ from xaiseg.saliency.targets import Head
 _KEPT = 64
 _KEPT_SHARE = 4
 # On CPU a chunk whose temporaries outgrow this is slower per row than a smaller one: fresh pages cost more than batching saves.
-_CPU_WORKING_SET = 64 * 2**20
+_CPU_WORKING_SET = 40 * 2**20
 _MAX_CHUNK = 128
 # A small chunk is this fraction of a large one: padding wastes little, and two programs do.
 _SMALL = 8

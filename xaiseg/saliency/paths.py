@@ -116,6 +116,15 @@ def smooth_integrated_gradients(
     See `integrated_gradients` and `noisy` for the options. Takes `samples · steps` gradients.
 
     Raises ValueError as both do.
+
+    >>> import jax, jax.numpy as jnp, numpy as np
+    >>> from xaiseg import Instance, StitchedPredictor
+    >>> predictor = StitchedPredictor(lambda x: x**2, (2, 2, 2), target_class=0)
+    >>> lesion, image = Instance(1, np.array([[0, 0, 1]], np.int32)), jnp.zeros((2, 2, 2, 1)).at[0, 0, 1].set(3.0)
+    >>> explain = smooth_integrated_gradients(samples=400, noise=0.1, steps=2)
+    >>> maps, infos = explain(jax.random.key(0), predictor, image, [lesion])
+    >>> f"{float(maps[0].values[0, 0, 1, 0]):.1f}"  # E[(x + ε)²], with σ = 0.3
+    '9.1'
     """
 
     def wrapped(reference: Baseline | None) -> Explainer:
