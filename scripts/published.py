@@ -13,8 +13,8 @@ derivative `∂y[v']/∂x`, `v' ∈ Ω`, of largest magnitude, with its sign; ti
   `apart`, window by window, for networks whose graphs do not fit into memory together: forward, then the backward passes of all
   rows, then the next window. It holds the rows of the whole lesion on the host.
 
-    net: module in inference mode, `(1, C, X, Y, Z)` to `(1, classes, X, Y, Z)`; its device is used.
-    image: `(X, Y, Z, C)` float32. voxels: `(n, 3)`, the lesion. Results are `(X, Y, Z, C)`.
+    net: module in inference mode, `(1, C, X, Y, Z)` to `(1, classes, X, Y, Z)`; its device and dtype are used.
+    image: `(X, Y, Z, C)`. voxels: `(n, 3)`, the lesion. Results are `(X, Y, Z, C)`.
 """
 
 import itertools
@@ -64,13 +64,18 @@ def sliding_window(
     overlap: float = 0.25,
     target_class: int = 1,
     stitching: str = "together",
+    needless: bool = True,
 ) -> Published:
-    """The map through all windows of the volume. `stitching`: one of `STITCHING`, see above; ValueError for another."""
+    """The map through all windows of the volume. `stitching`: one of `STITCHING`, see above; ValueError for another.
+
+    `needless=False` leaves out the windows without voxels of the lesion, which add zeros only: the same map, to check one with.
+    MONAI's stitching has all.
+    """
     if stitching not in STITCHING:
         raise ValueError(f"stitching is {stitching!r}, known are {', '.join(STITCHING)}")
     if stitching == "monai":
         return _through_monai(net, image, voxels, roi, overlap, target_class)
-    windows = _Windows(net, image, voxels, roi, overlap, target_class)
+    windows = _Windows(net, image, voxels, roi, overlap, target_class, needless)
     best, forward, rows = windows.together() if stitching == "together" else windows.apart()
     return Published(_channels_last(windows.volume(best)), forward, rows)
 
@@ -95,24 +100,34 @@ class _Windows:
     """
 
     def __init__(
-        self, net: Any, image: np.ndarray, voxels: np.ndarray, roi: Sequence[int], overlap: float, target_class: int
+        self,
+        net: Any,
+        image: np.ndarray,
+        voxels: np.ndarray,
+        roi: Sequence[int],
+        overlap: float,
+        target_class: int,
+        needless: bool,
     ) -> None:
         self.net, self.target_class, self.shape = net, target_class, image.shape
         sides = [max(n, r) for n, r in zip(image.shape, roi, strict=False)]
         self.image = _padded(_leaf(net, image).detach(), sides)
         self.inner = _inner(image.shape, sides)
         self.voxels = voxels + np.array([s.start for s in self.inner])
-        self.slices = list(_slices(sides, roi, overlap))
-        weight = _gaussian(roi, self.image.device)
-        total = torch.zeros(sides, device=self.image.device)
-        for window in self.slices:
+        slices = list(_slices(sides, roi, overlap))
+        weight = _gaussian(roi, self.image)
+        total = self.image.new_zeros(sides)
+        for window in slices:
             total[window] += weight
-        self.share = [weight / total[window] for window in self.slices]
-        corners = np.array([[s.start for s in window] for window in self.slices])
-        self.places = self.voxels[None] - corners[:, None]
-        self.held = ((self.places >= 0) & (self.places < np.array(roi))).all(-1)
-        touched = corners[self.held.any(1)]
+        corners = np.array([[s.start for s in window] for window in slices])
+        places = self.voxels[None] - corners[:, None]
+        held = ((places >= 0) & (places < np.array(roi))).all(-1)
+        touched = corners[held.any(1)]
         self.box = tuple(slice(a, b) for a, b in zip(touched.min(0), touched.max(0) + np.array(roi), strict=True))
+        through = [w for w in range(len(slices)) if needless or held[w].any()]
+        self.slices = [slices[w] for w in through]
+        self.share = [weight / total[slices[w]] for w in through]
+        self.places, self.held = places[through], held[through]
 
     def together(self) -> tuple[Any, float, float]:
         clock = _Clock(self.net)
@@ -161,7 +176,7 @@ class _Windows:
     def blank(self, device: Any = None) -> Any:
         """Zeros over the box."""
         sides = [s.stop - s.start for s in self.box]
-        return torch.zeros((1, self.shape[-1], *sides), device=device or self.image.device)
+        return self.image.new_zeros((1, self.shape[-1], *sides), device=device)
 
     def within(self, w: int) -> Slices:
         """A window's place in the box."""
@@ -190,10 +205,11 @@ def _slices(sides: Sequence[int], roi: Sequence[int], overlap: float) -> Iterato
     return itertools.product(*(along(n, r) for n, r in zip(sides, roi, strict=True)))
 
 
-def _gaussian(roi: Sequence[int], device: Any) -> Any:
-    weight = torch.ones((), device=device)
+def _gaussian(roi: Sequence[int], like: Any) -> Any:
+    """Blend weights of a window, of the dtype and on the device of a tensor."""
+    weight = like.new_ones(())
     for n in roi:
-        t = torch.arange(n, dtype=torch.float32, device=device) - (n - 1) / 2
+        t = torch.arange(n, dtype=like.dtype, device=like.device) - (n - 1) / 2
         weight = weight[..., None] * torch.exp(-(t**2) / (2 * (0.125 * n) ** 2))
     return weight.clamp(min=max(float(weight.min()), 1e-3))
 
@@ -212,8 +228,8 @@ def _inner(shape: Sequence[int], sides: Sequence[int]) -> Slices:
 
 
 def _leaf(net: Any, image: np.ndarray) -> Any:
-    device = next(net.parameters()).device
-    return torch.from_numpy(np.ascontiguousarray(np.moveaxis(image, -1, 0)[None])).to(device).requires_grad_()
+    x = torch.from_numpy(np.ascontiguousarray(np.moveaxis(image, -1, 0)[None]))
+    return x.to(next(net.parameters())).requires_grad_()
 
 
 def _channels_last(values: Any) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -19,13 +20,13 @@ from xaiseg.saliency import jacobian_rows, signed_max
 _SCRIPT = Path(__file__).resolve().parent.parent / "benchmark.py"
 
 
-def print_peaks(network: str, setup: Setup, variant: str) -> None:
-    """Of lesions of each size, of many at once, and of the published algorithm."""
+def print_peaks(network: str, setup: Setup, variant: str, sizes: Sequence[int]) -> None:
+    """Of lesions of each size, of many of the first at once, and of the published algorithm."""
     print("peak memory beyond imports, weights and image, each in a process of its own:")
-    cases = [("xaiseg", 1, n) for n in setup.sizes]
+    cases = [("xaiseg", 1, n) for n in sizes]
     if setup.many:
-        cases.append(("xaiseg", setup.many, setup.sizes[0]))
-    for side, lesions, voxels in [*cases, ("torch", 1, setup.sizes[0])]:
+        cases.append(("xaiseg", setup.many, sizes[0]))
+    for side, lesions, voxels in [*cases, ("torch", 1, sizes[0])]:
         command = [sys.executable, _SCRIPT, "--network", network, "--variant", variant, "--shape", *setup.shape]
         command += ["--window", *setup.window, "--peak", side, lesions, voxels]
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)

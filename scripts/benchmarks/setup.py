@@ -43,7 +43,13 @@ class Setup:
 
 
 def baseline(
-    network: str, net: Any, image: np.ndarray, window: tuple[int, int, int], variant: str, stride: tuple[int, ...]
+    network: str,
+    net: Any,
+    image: np.ndarray,
+    window: tuple[int, int, int],
+    variant: str,
+    stride: tuple[int, ...],
+    needless: bool = True,
 ) -> tuple[Baseline, str]:
     """The published algorithm as a function of a lesion's voxels, and how it is run, in words."""
     from scripts import published
@@ -55,6 +61,7 @@ def baseline(
     # the graphs of 27 windows take about 5 GB of a U-Net, 35 of the DynUNet, 100 of the Swin UNETR
     stitching = "together" if network == "unet" else "apart"
     graphs = "their graphs kept" if stitching == "together" else "one after another"
+    options: dict[str, Any] = {"roi": window, "stitching": stitching, "needless": needless}
     return (
-        lambda voxels: published.sliding_window(net, image, voxels, roi=window, stitching=stitching)
+        lambda voxels: published.sliding_window(net, image, voxels, **options)
     ), f"each row through all windows, {graphs}"

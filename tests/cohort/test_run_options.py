@@ -173,7 +173,10 @@ def test_overwriting_replaces_exactly_the_earlier_files(explain: Explain) -> Non
     assert not [name for name in files if "gradcampp" in name or ".earlier" in name]
     assert set(files) - {str(Path("sub-01", "notes.txt"))} == {
         n.replace("gradcampp", "smoothgrad") for n in earlier
-    } | {"desc-smoothgrad_summary.png", str(Path("sub-01", "ses-1", "anat", "sub-01_ses-1_desc-smoothgrad_convergence.png"))}
+    } | {
+        "desc-smoothgrad_summary.png",
+        str(Path("sub-01", "ses-1", "anat", "sub-01_ses-1_desc-smoothgrad_convergence.png")),
+    }
 
 
 @pytest.mark.parametrize("options", [["--threshold", "0.99999999"], ["--min-voxels", "1000"], ["--memory", "1K"]])
