@@ -112,6 +112,17 @@ def test_activations_that_count_against_the_lesion(explain, expected):
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
+def test_grad_cam_sees_nothing_before_an_instance_norm():
+    def normed(x, offsets):
+        activations = x + offsets.get("layer", 0.0)
+        return (activations - activations.mean((1, 2, 3), keepdims=True)) / activations.std(), {"layer": activations}
+
+    found, _ = explain_line(gradcam(layer="layer"), normed, LINE, [1], target_class=0)
+    np.testing.assert_allclose(found, 0, atol=1e-6)
+    found, _ = explain_line(hirescam(layer="layer"), normed, LINE, [1], target_class=0)
+    assert found.max() > 0.1
+
+
 def test_where_alpha_is_ill_defined_is_reported():
     """ΣA = -1.9999 and -3.9998: of the four activations with g > 0, the two of the first feature have |2 + ΣA| < 1e-3."""
     found, info = explain_line(gradcam_pp(layer="layer"), one_layer, [0.5, 0.5, -2.9999], [0, 1])

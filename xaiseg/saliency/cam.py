@@ -42,7 +42,8 @@ def gradcam(*, layer: Layers, target: Target | str = "logit", region: str = "ins
 
     Selvaraju et al., *Grad-CAM: Visual Explanations from Deep Networks via Gradient-based Localization*, ICCV 2017, explains a
     class: that is `region="class"`. Of an instance, the default, it is `seg_gradcam`. Since `w_k` is pooled, whatever else
-    excites feature `k` in the window shows too, other lesions included. For layers, target, windows and errors see the module.
+    excites feature `k` in the window shows too, other lesions included. Do not tap what goes straight into an instance norm: that
+    does not see a feature's mean, so `w_k = 0`. For layers, target, windows and errors see the module.
 
     >>> import jax, jax.numpy as jnp, numpy as np
     >>> from xaiseg import Instance, StitchedPredictor

@@ -1,5 +1,0 @@
-"""Moved to `cam`."""
-
-from xaiseg.saliency.cam import gradcam_pp
-
-__all__ = ["gradcam_pp"]
