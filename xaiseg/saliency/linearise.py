@@ -87,7 +87,8 @@ class Views:
             return np.broadcast_to(np.asarray(_constant_gradient(head, classes), one.dtype), (count, classes))
         blended: Any = 0.0
         for view, place, share in zip(portion.views, portion.place, portion.share, strict=True):
-            blended = blended + self[view].logits[tuple(place.T)] * jnp.asarray(share)[:, None]
+            logits = self[view].logits
+            blended = blended + logits[tuple(place.T)] * jnp.asarray(share, logits.dtype)[:, None]
         return _gradient(head, blended)
 
     def _linearise(self, view: View) -> Linear:

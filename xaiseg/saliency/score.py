@@ -48,7 +48,7 @@ def window_scores(
             parts[w] = (
                 jnp.zeros_like(blended)
                 .at[np.flatnonzero(held[w])]
-                .set(jnp.asarray(share[w][held[w]])[:, None] * logits[tuple(local[w][held[w]].T)])
+                .set(jnp.asarray(share[w][held[w]], logits.dtype)[:, None] * logits[tuple(local[w][held[w]].T)])
             )
             blended = blended + parts[w]
     for w in windows:
