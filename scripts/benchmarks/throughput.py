@@ -136,8 +136,8 @@ def _of_scan(predictor: StitchedPredictor, scan: Scan, figures: Figures) -> None
     sample = passes * figures.row + linearisations * figures.linearise
     total = _SAMPLES * sample
     print(
-        f"  {_CASE}, {len(scan.instances)} lesions, {count} voxels, {'×'.join(map(str, shape[:3]))}: {passes} rows through views, "
-        f"{linearisations} linearisations, {_long(sample)} a sample\n"
+        f"  {_CASE}, {len(scan.instances)} lesions, {count} voxels, {'×'.join(map(str, shape[:3]))}: {passes} rows through views "
+        f"({passes / count:.2g} a voxel), {linearisations} linearisations, {_long(sample)} a sample\n"
         f"  {_SAMPLES} samples {_long(total)} a scan; {_SCANS} such scans {_long(_SCANS * total)} on this one device",
         flush=True,
     )
@@ -171,7 +171,7 @@ def _median(work: Callable[[], Any], repeats: int) -> float:
 
 
 def _long(s: float) -> str:
-    for unit, name in ((86400, "days"), (3600, "h"), (60, "min")):
+    for unit, name in ((365.25 * 86400, "years"), (86400, "days"), (3600, "h"), (60, "min")):
         if s >= 2 * unit:
             return f"{s / unit:.3g} {name}"
     return f"{s:.3g} s"

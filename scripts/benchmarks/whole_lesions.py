@@ -20,8 +20,8 @@ from xaiseg.inference import StitchedPredictor, WindowPlan
 from xaiseg.models import Model
 from xaiseg.saliency import jacobian_rows, signed_max
 
-# Maps must agree to the first fraction of their maximum, or in float64 to the second: where rounding turns the sign of an activation
-# its slope changes, and float32 gradients of one and the same network with LeakyReLU then differ by up to the third.
+# Maps must agree to the first fraction of their maximum, or in float64 to the second: where rounding turns an activation's sign
+# its slope changes, and float32 gradients of one network with LeakyReLU, by two programs, then differ by up to the third.
 _EQUAL, _EQUAL_IN_FLOAT64, _KINKS = 1e-4, 1e-6, 0.05
 # A lesion that takes xaiseg no longer than this many seconds is timed before and after PyTorch's turn, and the mean is taken.
 _TWICE_BELOW = 60

@@ -144,12 +144,21 @@ def test_benchmarks_without_pytorch_have_the_papers_networks(name):
     assert jax.tree.structure(expected_variables(own.spec)) == jax.tree.structure(dict(read.variables))
 
 
+def run_benchmark(*options):
+    small = ["--shape", "40", "32", "32", "--window", "32", "32", "32", "--lesions", "4", "--variant", "window"]
+    done = subprocess.run([sys.executable, str(SCRIPT), *small, *options], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 @pytest.mark.slow
 def test_the_benchmark_runs():
-    """On a small volume, from the maps' agreement to the processes that measure memory."""
-    sizes = ["--shape", "40", "44", "36", "--window", "32", "32", "32", "--lesions", "4", "--many", "2"]
-    command = [sys.executable, str(SCRIPT), "--published", "--network", "unet", *sizes]
-    done = subprocess.run([*command, "--baseline-rows", "2"], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "2 of 4 rows measured" in done.stdout
-    assert done.stdout.count("MiB") == 6
+    printed = run_benchmark("--published", "--network", "unet", "--baseline-rows", "2", "--places", "two", "--no-peaks")
+    assert printed.count("2 of 4 rows measured, equal to") == 2
+    assert "MONAI's own stitching" in printed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("side", ["xaiseg", "torch"])
+def test_memory_is_measured(side):
+    assert int(run_benchmark("--network", "dynunet", "--peak", side, "1", "4").split()[-1]) > 0

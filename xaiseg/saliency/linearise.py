@@ -43,7 +43,7 @@ class Linear(NamedTuple):
 
 
 class Views:
-    """The views of one padded volume, linearised when they are asked for, the last ones kept."""
+    """The views of one padded volume, linearised when they are asked for, the last ones kept until they are forgotten."""
 
     def __init__(
         self,
@@ -68,6 +68,9 @@ class Views:
             self._kept[view] = self._linearise(view)
         self._kept.move_to_end(view)
         return self._kept[view]
+
+    def forget(self, view: View) -> None:
+        self._kept.pop(view, None)
 
     def fits(self, count: int) -> bool:
         """Whether so many views may be kept, all being as large as the last; as far as is known."""

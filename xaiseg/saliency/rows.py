@@ -176,7 +176,9 @@ class _Job:
     ) -> dict[int, Any]:
         found: dict[int, Any] = {}
         flying: deque[tuple[Array, int]] = deque()
-        for portion in work:
+        # a view is kept as long as rows need it: then memory grows neither with an instance nor with their number
+        last = {view: number for number, portion in enumerate(work) for view in portion.views}
+        for turn, portion in enumerate(work):
             for chunk, rows in self._rows(views, portion, channels):
                 corner = np.array(self.geometry.box(portion.views).start, np.int32)
                 for number in np.unique(chunk.instance[chunk.weight > 0]).tolist():
@@ -189,6 +191,9 @@ class _Job:
                 flying.append((done, chunk.rows * len(portion.views)))
                 if len(flying) > _IN_FLIGHT:
                     _land(flying, progress)
+            for view in portion.views:
+                if last[view] == turn:
+                    views.forget(view)
         while flying:
             _land(flying, progress)
         return found
