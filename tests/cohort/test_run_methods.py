@@ -8,6 +8,7 @@ from tiny import SHAPE, Explain, table
 
 from xaiseg.checkpoints import load_model
 from xaiseg.cli import main
+from xaiseg.cohort import methods
 from xaiseg.cohort.methods import METHODS, Settings, build_methods, build_predictor
 from xaiseg.instances import instances_of
 from xaiseg.models.precision import PRECISIONS
@@ -88,7 +89,7 @@ def test_two_devices(explain: Explain) -> None:
 
 def test_more_devices_than_there_are(explain: Explain, capsys) -> None:
     explain("out", "--devices", "5", status=1)
-    assert "a mesh of 5 × 1 devices: there are 2" in capsys.readouterr().err
+    assert "--devices 5: a mesh of 5 × 1 devices: there are 2" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("precision", ["tf32", "bfloat16"])
@@ -116,6 +117,36 @@ def test_baselines_differ(explain: Explain) -> None:
         for name in BASELINES
     }
     assert len({tuple(values) for values in peaks.values()}) == 3
+
+
+def test_a_class_that_is_nowhere(explain: Explain) -> None:
+    """The reference's lesions are explained though nothing is found: a map of zeros, no pass, no crash."""
+    options = ("--method", "gradcam", "--region", "class", "--instances", "reference", "--threshold", "0.999999")
+    out = explain("out", *options)
+    assert set(column(out, "gradcam_peak")) <= {"0", "0.0"} or all(float(p) >= 0 for p in column(out, "gradcam_peak"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--patch", "4"), "--patch has no effect on smoothgrad; it is for occlusion"),
+        (("--method", "gradcam", "--tolerance", "0.1"), "--tolerance has no effect on gradcam"),
+        (("--tolerance", "0.1", "--noise", "0"), "--tolerance needs noise and at least 2 --samples"),
+    ],
+)
+def test_options_that_would_do_nothing(explain: Explain, options, message, capsys) -> None:
+    explain("out", *options, status=1)
+    assert message in capsys.readouterr().err
+
+
+def test_what_an_explainer_refuses_is_one_line(explain: Explain, capsys, monkeypatch) -> None:
+    def refuse(*_, **__):
+        raise ValueError("no activation")
+
+    monkeypatch.setattr(methods, "guided_backprop", lambda base: refuse)
+    explain("out", "--method", "guided-backprop", status=1)
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("xaiseg: error")]
+    assert len(error) == 1
 
 
 def test_the_command_line_knows_every_name(capsys) -> None:

@@ -502,3 +502,23 @@ def test_smoothgrad_is_the_mean_gradient_over_noise():
 def test_an_unknown_aggregate_is_refused():
     with pytest.raises(ValueError, match="aggregate is 'mode', known are signed_max, mean"):
         smoothgrad(aggregate="mode")
+
+
+def test_the_peak_of_a_map_without_positive_values_is_its_smallest():
+    """An objection, `negative_max`: its largest value is always 0 and known at once."""
+
+    class Negative(Recorder):
+        def __call__(self, *arguments, **options):
+            maps, infos = super().__call__(*arguments, **options)
+            return [m._replace(values=-jnp.asarray(m.values)) for m in maps], infos
+
+    base = noisy(Negative(), samples=4, noise=0.05)
+    maps, infos = base(KEY, None, IMAGE, LESIONS)
+    for found, info in zip(maps, infos, strict=True):
+        np.testing.assert_allclose(info.course.peak[-1], np.asarray(found.values).min((0, 1, 2)), rtol=1e-6)
+        assert min(info.course.standard_error[-1]) > 0
+
+
+def test_a_reference_channel_that_is_none():
+    with pytest.raises(ValueError, match="reference_channel is 2, but the image has 2 channels"):
+        noise_sigma(IMAGE, 0.05, reference_channel=2)

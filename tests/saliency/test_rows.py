@@ -11,7 +11,7 @@ import pytest
 from xaiseg._types import Aggregator, Instance
 from xaiseg.checkpoints import convert
 from xaiseg.errors import InputError
-from xaiseg.inference import StitchedPredictor
+from xaiseg.inference import StitchedPredictor, device_mesh
 from xaiseg.saliency import AGGREGATORS, jacobian_rows, mean, signed_max
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
@@ -188,3 +188,23 @@ def test_every_row_reaches_the_aggregator_once_under_its_own_number():
     lesion = Instance(1, np.array([[0, 0, 1], [0, 0, 2], [1, 2, 0]], np.int32))
     (found,), _ = jacobian_rows(count, chunk=2)(KEY, predictor, image, [lesion])
     assert found.values[:, 0, 0, 0].tolist() == [1, 1, 1, 0]
+
+
+@pytest.mark.parametrize("chunk", [0, -1])
+def test_a_chunk_of_no_rows_is_refused(chunk):
+    with pytest.raises(ValueError, match="chunk must be at least 1"):
+        jacobian_rows(signed_max(), chunk=chunk)
+
+
+@pytest.mark.parametrize("voxels", [[[0, 0, 4]], [[-1, 0, 0]], np.zeros((0, 3))])
+def test_voxels_outside_of_the_volume_are_refused(voxels):
+    lesion = Instance(1, np.array(voxels, np.int32).reshape(-1, 3))
+    with pytest.raises(ValueError, match=r"must lie in the volume \(4, 4, 4\); found"):
+        jacobian_rows(mean())(KEY, StitchedPredictor(smooth, (4, 4, 4)), jnp.ones((4, 4, 4, 2)), [lesion])
+
+
+def test_a_sum_takes_one_pass_however_many_devices():
+    predictor = StitchedPredictor(smooth, (4, 4, 4), mesh=device_mesh(1, rows=2))
+    lesion, seen = Instance(1, np.argwhere(np.ones((4, 4, 4))).astype(np.int32)), []
+    _, (info,) = jacobian_rows(mean())(KEY, predictor, jnp.ones((4, 4, 4, 2)), [lesion], progress=seen.append)
+    assert sum(seen) == info.rows == 1

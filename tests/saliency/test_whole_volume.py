@@ -98,3 +98,16 @@ def test_a_network_of_slices_takes_no_whole_volume():
     flat = convert(FIXTURES / "unet_2d.pth", window=(16, 16, 1), target_class=1)
     with pytest.raises(ValueError, match="slice by slice, not whole"):
         StitchedPredictor.of(flat, whole_volume=True)
+
+
+@pytest.mark.parametrize("shape", [(22, 13, 6), (5, 13, 30)])
+def test_a_volume_thinner_than_a_tile(model, shape):
+    predictor = StitchedPredictor.of(model, whole_volume=True)
+    lesion = Instance(1, np.array([[2, 3, 4], [3, 3, 5]], np.int32))
+    (found,), _ = jacobian_rows(signed_max(), chunk=2)(KEY, predictor, IMAGE[: shape[0], :, : shape[2]], [lesion])
+    jacobian = np.asarray(
+        jax.jacrev(lambda x: predictor(x)[tuple(lesion.voxels.T)][:, 1])(IMAGE[: shape[0], :, : shape[2]])
+    )
+    expected = np.take_along_axis(jacobian, np.abs(jacobian).argmax(0)[None], 0)[0]
+    box = tuple(slice(s, s + n) for s, n in zip(found.start, found.values.shape[:3], strict=True))
+    np.testing.assert_allclose(found.values, expected[box], atol=1e-5 * np.abs(expected).max())

@@ -12,12 +12,11 @@ import numpy as np
 
 from xaiseg._types import Info, Instance, Progress, SaliencyMap
 from xaiseg.cohort.methods import Method
+from xaiseg.errors import InputError
 from xaiseg.inference import StitchedPredictor, WindowPlan
 from xaiseg.models import Model
 from xaiseg.saliency import input_gradient
-
-# Copies of a map alive at once: the aggregator's two, the sample's own, mean, squares.
-_COPIES = 5
+from xaiseg.saliency.linearise import total_memory
 
 
 def case_key(seed: int, case: str) -> jax.Array:
@@ -37,14 +36,15 @@ def explain_scan(
     """Maps of all instances, with the seconds each took, in order. `memory` in bytes bounds the maps alive at once."""
     volume = jnp.asarray(image)
     plan = predictor.plan(image.shape)
-    for batch in _batches(plan, instances, image.shape[-1], memory):
+    for batch in _batches(plan, instances, image.shape[-1] * method.copies, memory):
         start = time.perf_counter()
         maps, infos = method.explain(key, predictor, volume, batch, progress=progress)
         maps = [_on_host(saliency) for saliency in maps]
         seconds = time.perf_counter() - start
         total = sum(info.rows for info in infos)
-        for instance, saliency, info in zip(batch, maps, infos, strict=True):
-            yield instance, saliency, info, seconds * info.rows / total
+        shares = [info.rows / total if total else 1 / len(infos) for info in infos]
+        for instance, saliency, info, share in zip(batch, maps, infos, shares, strict=True):
+            yield instance, saliency, info, seconds * share
 
 
 def _on_host(saliency: SaliencyMap) -> SaliencyMap:
@@ -54,12 +54,17 @@ def _on_host(saliency: SaliencyMap) -> SaliencyMap:
     )
 
 
-def _batches(plan: WindowPlan, instances: Sequence[Instance], channels: int, memory: int) -> Iterator[list[Instance]]:
+def _batches(plan: WindowPlan, instances: Sequence[Instance], numbers: int, memory: int) -> Iterator[list[Instance]]:
     batch: list[Instance] = []
     held = 0
     for instance in instances:
         windows = np.flatnonzero((plan.coverage(instance.voxels)[1] > 0).any(1))
-        needed = math.prod(plan.bounding_box(windows).shape) * channels * 4 * _COPIES
+        needed = math.prod(plan.bounding_box(windows).shape) * numbers * 4
+        if needed > total_memory():
+            raise InputError(
+                f"lesion {instance.label} needs {needed / 2**30:.3g} GiB for its map under way, more than there is; "
+                "choose another --aggregate than median, or leave it out by --lesions"
+            )
         if batch and held + needed > memory:
             yield batch
             batch, held = [], 0
@@ -87,7 +92,7 @@ def seconds_per_row(method: Method, predictor: StitchedPredictor, image: np.ndar
         timed(voxels)  # compiles
         seconds, rows = timed(voxels)
         if seconds > 1 or voxels >= len(instance.voxels):
-            return seconds / rows
+            return seconds / max(rows, 1)
         voxels *= 4
 
 

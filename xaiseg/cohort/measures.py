@@ -41,8 +41,8 @@ MAP_COLUMNS = {
     "peak_se": "Standard error of the peak over the noise samples",
 }
 EXTRA_COLUMNS = {
-    "alpha_near_zero": "Fraction of positions with a positive gradient where the denominator of α is below 1e-3 in magnitude: "
-    "there the weights are ill-defined",
+    "alpha_near_zero": "Fraction of positions with a positive gradient where the denominator of α is below 1e-3 of its second "
+    "derivative: there the weights are ill-defined",
     "alpha_undefined": "Fraction of positions with a positive gradient where α is no number; their weight is 0",
     "closed_form_difference": "Largest difference of the map from that with the closed form of α, as a fraction of the map's peak",
     "converged": "1 where the standard error of the peak came down to the tolerance, 0 where samples ran out before",

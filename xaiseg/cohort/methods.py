@@ -76,6 +76,8 @@ class Method:
     name: as the user gives it. key: in file names and columns. title: in pictures. names: of the map's channels.
     signed: whether values may be negative. once: what is timed for the plan, one sample or step of `explain`.
     settings: what the result depends on, for the records. samples: noise samples, at most. extra: figures in `Info.extra`.
+    copies: float32 numbers that are kept for each number of a map while it is computed: the aggregator's state, the sample's own,
+    moments. spreads: whether its passes are spread over several devices.
     """
 
     name: str
@@ -90,6 +92,22 @@ class Method:
     samples: int = 1
     settings: dict[str, Any] = field(default_factory=dict)
     extra: tuple[str, ...] = ()
+    copies: int = 5
+    spreads: bool = True
+
+
+# What an option other than its default is for; the others concern every method, or every one with rows or noise.
+_CONCERNS = {
+    "tolerance": ("smoothgrad", "smoothgrad-squared", "vargrad", "smooth-integrated-gradients"),
+    "layers": ("gradcam", "gradcam++", "hirescam", "layercam"),
+    "region": ("gradcam", "gradcam++", "hirescam", "layercam"),
+    "form": ("gradcam++",),
+    "derivatives": ("gradcam++",),
+    "baseline": ("integrated-gradients", "smooth-integrated-gradients", "occlusion"),
+    "steps": ("integrated-gradients", "smooth-integrated-gradients"),
+    "patch": ("occlusion",),
+    "margin": ("occlusion",),
+}
 
 
 def build_methods(model: Model, settings: Settings) -> list[Method]:
@@ -97,6 +115,14 @@ def build_methods(model: Model, settings: Settings) -> list[Method]:
     for name in settings.methods:
         if name not in METHODS:
             raise ValueError(f"method {name!r} is unknown; known are {', '.join(METHODS)}")
+    for option, concerned in _CONCERNS.items():
+        if getattr(settings, option) != getattr(Settings, option) and not set(concerned) & set(settings.methods):
+            name = "layer" if option == "layers" else option
+            raise ValueError(
+                f"--{name} has no effect on {', '.join(settings.methods)}; it is for {', '.join(concerned)}"
+            )
+    if settings.tolerance is not None and (settings.noise == 0 or settings.samples < 2):
+        raise ValueError("--tolerance needs noise and at least 2 --samples")
     for layer in settings.layers:
         if layer not in model.taps():
             raise ValueError(f"no layer {layer!r} in this network; it has {', '.join(model.taps())}")
@@ -109,7 +135,10 @@ def build_predictor(model: Model, settings: Settings, whole_volume: bool) -> Sti
     Raises ValueError for more devices than there are.
     """
     devices = settings.devices or (1 if jax.default_backend() == "cpu" else len(jax.local_devices()))
-    mesh = device_mesh(devices) if devices > 1 else None
+    try:
+        mesh = device_mesh(devices) if devices > 1 else None
+    except ValueError as error:
+        raise ValueError(f"--devices {devices}: {error}") from error
     return StitchedPredictor.of(replace(model, precision=settings.precision), whole_volume=whole_volume, mesh=mesh)
 
 
@@ -119,7 +148,8 @@ def _unit(settings: Settings) -> str:
 
 def _row_cost(linear: bool, times: int = 1) -> Cost:
     def cost(predictor: StitchedPredictor, shape: tuple[int, ...], instance: Instance) -> tuple[int, int]:
-        geometry = Geometry.of(predictor.plan(shape), predictor.local_fn)
+        plan = predictor.plan(shape)
+        geometry = Geometry.of(plan, predictor.fitted(plan).local_fn)
         ((rows, windows),) = passes(portions(geometry, [instance]), 1, linear)
         return rows * times, windows
 
@@ -154,6 +184,12 @@ def _rows_of(settings: Settings) -> Explainer:
     return jacobian_rows(aggregator, target=settings.target, chunk=settings.chunk, memory=settings.memory)
 
 
+def _copies(settings: Settings) -> int:
+    """See `Method`: of rows."""
+    state = jax.eval_shape(lambda: AGGREGATORS[settings.aggregate]().init((1, 1, 1, 1)))
+    return 3 + sum(leaf.size for leaf in jax.tree.leaves(state) if leaf.ndim)
+
+
 def _how(settings: Settings) -> str:
     return settings.aggregate.replace("signed_max", "signed maximum").replace("_", " ")
 
@@ -175,7 +211,7 @@ def _noisy_rows(name: str, model: Model, settings: Settings) -> Method:
         statistic=statistic,
         reference_channel=_reference_channel(model),
         tolerance=settings.tolerance,
-        min_samples=min(8, settings.samples),
+        min_samples=max(2, min(8, settings.samples)),
     )
     unit = _unit(settings)
     up_to = "up to " if settings.tolerance is not None else ""
@@ -189,6 +225,7 @@ def _noisy_rows(name: str, model: Model, settings: Settings) -> Method:
         unit=unit if statistic == "mean" else f"({unit})²",
         signed=statistic == "mean" and settings.aggregate not in ("positive_max", "l2_norm"),
         cost=_row_cost(AGGREGATORS[settings.aggregate]().linear),
+        copies=_copies(settings),
         samples=samples,
         settings={
             "aggregate": settings.aggregate,
@@ -217,6 +254,7 @@ def _rows(name: str, model: Model, settings: Settings) -> Method:
         unit=unit,
         signed=settings.aggregate not in ("positive_max", "l2_norm") or name == "input-x-gradient",
         cost=_row_cost(AGGREGATORS[settings.aggregate]().linear),
+        copies=_copies(settings),
         settings={"aggregate": settings.aggregate, "target": settings.target},
     )
 
@@ -249,7 +287,7 @@ def _paths(name: str, model: Model, settings: Settings) -> Method:
             steps=settings.steps,
             reference_channel=_reference_channel(model),
             tolerance=settings.tolerance,
-            min_samples=min(8, settings.samples),
+            min_samples=max(2, min(8, settings.samples)),
         )
         title, kept = f"Smoothed {title[0].lower()}{title[1:]}, {samples} samples", {**kept, **_noise(model, settings)}
     return Method(
@@ -292,6 +330,7 @@ def _activation_maps(name: str, model: Model, settings: Settings) -> Method:
         unit="arbitrary units",
         signed=False,
         cost=_window_cost,
+        spreads=False,
         settings={**common, "layer": layers[0] if len(layers) == 1 else layers},
         extra=extra,
     )

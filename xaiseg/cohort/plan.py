@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import jax
 
@@ -28,6 +29,7 @@ def say_plan(
     scan = load_scan(smallest.case, model.spec, request.resample)
     lesions = sum(len(work.instances) for work in busy)
     left_out = sum(work.present for work in works) - lesions
+    devices = 1 if predictor.mesh is None else predictor.mesh.size
     units, seconds = 0, 0.0
     lines = []
     for method in methods:
@@ -36,9 +38,9 @@ def say_plan(
             for instance in work.instances:
                 r, w = method.cost(predictor, work.volume_shape, instance)
                 rows, windows = rows + r, windows + w
-        each = seconds_per_row(method, predictor, scan.image, smallest.instances[0])
+        each = seconds_per_row(method, replace(predictor, mesh=None), scan.image, smallest.instances[0])
         units += rows * method.samples
-        seconds += rows * method.samples * each
+        seconds += rows * method.samples * each / (devices if method.spreads else 1)
         lines.append(
             f"  {method.title}: {rows:,} rows × {method.samples} through {windows:,} windows, {each * 1e3:.3g} ms a row measured"
         )
@@ -46,9 +48,8 @@ def say_plan(
     say(f"plan: {len(busy)} case{'s' * (len(busy) > 1)}, {lesions} lesion{'s' * (lesions > 1)}{smaller}")
     for line in lines:
         say(line)
-    devices = 1 if predictor.mesh is None else predictor.mesh.size
     where = f"{devices} × {jax.devices()[0].device_kind}" if devices > 1 else jax.devices()[0].device_kind
-    say(f"  estimated time {_duration(seconds / devices)} on {where}")
+    say(f"  estimated time {_duration(seconds)} on {where}")
     if settings.precision != "float32":
         error = precision_error(model, settings.precision, predictor, scan.image, smallest.instances[0])
         say(f"  {settings.precision}: one row differs from float32 by up to {error:.2g} of its largest value")

@@ -21,10 +21,10 @@ from xaiseg.models import Model
 from xaiseg.report import summary_figure
 
 TARGET_TEXTS = {
-    "logit": "logit of the lesion class, blended over the sliding windows, before softmax",
-    "log_odds": "log-odds of the lesion class, log(p / (1 - p)), from logits blended over the sliding windows",
-    "probability": "probability of the lesion class, from logits blended over the sliding windows",
-    "margin": "logit of the lesion class minus the largest other logit, blended over the sliding windows",
+    "logit": "logit of the lesion class, blended over the windows of the prediction, before softmax",
+    "log_odds": "log-odds of the lesion class, log(p / (1 - p)), from logits blended over the windows of the prediction",
+    "probability": "probability of the lesion class, from logits blended over the windows of the prediction",
+    "margin": "logit of the lesion class minus the largest other logit, blended over the windows of the prediction",
 }
 CASE_COLUMNS = {
     "case": "Case",
@@ -61,7 +61,7 @@ def write_lesions(
                 lambda path, peaks=peaks, unit=method.unit: summary_figure(peaks, channels, path, unit=unit),
             )
             for line in _group_lines(peaks, channels):
-                say(line)
+                say(line if len(methods) == 1 else f"{method.name}: {line}")
 
 
 def _group_lines(rows: Sequence[dict[str, Any]], channels: Sequence[str]) -> Iterator[str]:
@@ -73,11 +73,13 @@ def _group_lines(rows: Sequence[dict[str, Any]], channels: Sequence[str]) -> Ite
             yield f"{group}: {len(members)} lesion{'s' * (len(members) > 1)}, median peak saliency {medians}"
 
 
-def write_sidecar(output: OutputFolder, method: Method, model: Model) -> None:
+def write_sidecar(output: OutputFolder, method: Method, model: Model, settings: Settings, request: Request) -> None:
     content = {
         "Method": method.title,
         "MethodKey": method.name,
         "Settings": method.settings,
+        "Precision": settings.precision,
+        "Prediction": "whole volume" if request.whole_volume else "sliding windows",
         "Channels": method.names,
         "Units": method.unit,
         "Target": TARGET_TEXTS[method.settings["target"]],

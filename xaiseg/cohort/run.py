@@ -72,7 +72,8 @@ def explain(model: Model, request: Request, settings: Settings, say: Print = pri
         works = _segment_all(model, predictor, cases, request, written, request.instances)
         if not any(work.instances for work in works):
             raise InputError(nothing_to_explain(works, request, model))
-        units = say_plan(works, methods, explained, model, settings, request, say)
+        with _refused():
+            units = say_plan(works, methods, explained, model, settings, request, say)
         if request.dry_run:
             return [work.row for work in works]
         with _bar(units, "row", "explaining") as bar:
@@ -83,7 +84,7 @@ def explain(model: Model, request: Request, settings: Settings, say: Print = pri
         _raise_if_all_failed(works)
         write_lesions(output, works, methods, model, say)
         for method in methods:
-            write_sidecar(output, method, model)
+            write_sidecar(output, method, model, settings, request)
         rows = [work.row for work in works]
         write_log(output, request, model, settings, methods, rows, started)
     for row in rows:
@@ -262,11 +263,20 @@ def _draw(
 
 
 @contextmanager
+def _refused() -> Iterator[None]:
+    """What an explainer refuses when it is called is the user's to mend, as any other input."""
+    try:
+        yield
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
+@contextmanager
 def _recording(work: Work, output: OutputFolder | None, alone: bool) -> Iterator[None]:
     """A case that fails is recorded, its files are removed, and the others go on."""
     try:
         yield
-    except InputError as error:
+    except (InputError, ValueError) as error:
         work.row |= {"status": "failed", "message": str(error)}
         work.instances = []
         if output is not None:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
@@ -83,6 +83,13 @@ class StitchedPredictor:
             a, b, c = (-(-n // s) * s for n, s in zip((x, y, z), self.stride, strict=True))
             return plan_windows((x, y, z), (a, b, c), 0.0, "constant")
         return plan_windows((x, y, z), self.window, self.overlap, self.blending, self.tiling)
+
+    def fitted(self, plan: WindowPlan) -> "StitchedPredictor":
+        """The same predictor, without local logits where a tile is wider than the windows of a plan."""
+        local = self.local_fn
+        if local is None or all(t <= w for t, w in zip(local.tile, plan.window, strict=True)):
+            return self
+        return replace(self, local_fn=None)
 
     def __call__(self, x: Array, progress: WindowDone | None = None) -> Array:
         plan = self.plan(x.shape)

@@ -79,7 +79,7 @@ class Views:
         newest = next(reversed(self._kept.values()))
         return count * sum(leaf.nbytes for leaf in jax.tree.leaves(newest)) <= self._budget
 
-    def values(self, portion: Portion) -> np.ndarray | Array:
+    def values(self, portion: Portion) -> np.ndarray:
         """`∇t` at the blended logits of a portion's voxels, `(n, classes)`."""
         head, count = self.head, len(portion.row)
         if portion.values is not None:
@@ -88,11 +88,13 @@ class Views:
             classes = len(head.classes or ())
             one = jax.eval_shape(head.gradient, jax.ShapeDtypeStruct((classes,), jnp.float32))
             return np.broadcast_to(np.asarray(_constant_gradient(head, classes), one.dtype), (count, classes))
+        # on the host, and in few sizes: gathering so few numbers is not worth a program for each size of lesion
+        size = 1 << (count - 1).bit_length()
         blended: Any = 0.0
         for view, place, share in zip(portion.views, portion.place, portion.share, strict=True):
-            logits = self[view].logits
-            blended = blended + logits[tuple(place.T)] * jnp.asarray(share, logits.dtype)[:, None]
-        return _gradient(head, blended)
+            logits = np.asarray(self[view].logits)
+            blended = blended + logits[tuple(place.T)] * share[:, None].astype(logits.dtype)
+        return np.asarray(_gradient(head, _fill(blended, size)))[:count]
 
     def _linearise(self, view: View) -> Linear:
         p, plan = self._predictor, self.geometry.plan
@@ -270,12 +272,13 @@ def _row_bytes(treedef: Any, leaves: tuple[jax.ShapeDtypeStruct, ...]) -> int:
     return int(analysis.temp_size_in_bytes + analysis.output_size_in_bytes)
 
 
-def held_rows(views: Views, portion: Portion, sizes: Sequence[int]) -> int:
+def held_rows(views: Views, portion: Portion, sizes: Sequence[int], each: int, memory: int | None) -> int:
     """Rows of a portion that are computed view by view before they are reduced: a chunk, if all views can be kept meanwhile;
-    more, if each has to be linearised anew for every such block."""
+    more, if each has to be linearised anew for every such block. `each` is bytes of one, `memory` what all may take."""
     if views.fits(len(portion.views)):
         return sizes[0]
-    return max(sizes[0], _HELD_ROWS)
+    held = _HELD_ROWS if memory is None else min(_HELD_ROWS, memory // max(each, 1))
+    return max(sizes[0], held)
 
 
 def total_memory(device: Any = None) -> int:

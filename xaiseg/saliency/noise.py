@@ -48,9 +48,9 @@ def noisy(
     Moments are updated on the device as samples arrive (Welford 1962, Pébay 2008); no sample is kept.
 
     tolerance: after each sample from `min_samples` on, instances leave whose `relative_error` is at most this: where at each
-      channel's peak (its largest value) the standard error is at most `tolerance` times the largest |peak| of the channels.
-      The others go on, up to `samples`. How many an instance takes depends on itself alone. `Info.extra["converged"]` is 1
-      if the tolerance was met, else 0.
+      channel's peak (its largest value, or its smallest where none is positive) the standard error is at most `tolerance` times
+      the largest |peak| of the channels. The others go on, up to `samples`. How many an instance takes depends on itself alone.
+      `Info.extra["converged"]` is 1 if the tolerance was met, else 0.
 
     `Info.samples` is the number that an instance took, and `Info.course`, where it is two or more, its peaks and their errors
     after each. The sample shards of the predictor work in threads, each on devices of its own; samples are folded in their
@@ -70,7 +70,7 @@ def noisy(
     >>> found.values.shape, found.standard_error.shape, info.samples < 100, info.extra
     ((2, 2, 2, 1), (2, 2, 2, 1), True, {'converged': 1.0})
     """
-    if samples < 1 or noise < 0:
+    if samples < 1 or not noise >= 0:
         raise ValueError(f"samples must be at least 1 and noise at least 0, not {samples} and {noise}")
     if first < 0:
         raise ValueError(f"first must be at least 0, not {first}")
@@ -189,6 +189,10 @@ def noise_sigma(image: Array, noise: float, reference_channel: int = 0) -> Array
     >>> float(noise_sigma(jnp.array([-1.0, 3.0]).reshape(2, 1, 1, 1), 0.25))
     1.0
     """
+    if reference_channel not in range(image.shape[-1]):
+        raise ValueError(
+            f"reference_channel is {reference_channel}, but the image has {image.shape[-1]} channels, from 0"
+        )
     channel = image[..., reference_channel]
     return noise * (channel.max() - channel.min())
 
@@ -279,9 +283,9 @@ def _statistic(moments: _Moments, n: Array) -> tuple[Array, Array]:
 
 
 def _peaks(values: Array, error: Array) -> Array:
-    """The largest value of each channel, the first of equals, and its error: `(2, C)`."""
+    """The largest value of each channel, the first of equals, and its error: `(2, C)`; the smallest where none is positive."""
     flat = values.reshape(-1, values.shape[-1])
-    at = jnp.argmax(flat, axis=0)[None]
+    at = jnp.where(flat.max(0) > 0, jnp.argmax(flat, axis=0), jnp.argmin(flat, axis=0))[None]
     return jnp.concatenate([jnp.take_along_axis(x, at, axis=0) for x in (flat, error.reshape(flat.shape))])
 
 

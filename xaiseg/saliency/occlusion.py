@@ -102,6 +102,7 @@ def occlusion(
     ) -> tuple[list[SaliencyMap], list[Info]]:
         if not instances:
             return [], []
+        predictor = predictor.fitted(predictor.plan(image.shape))
         passes = _Passes(
             predictor, image, reference_image(baseline or zero(), image), head_of(predictor, target, image), chunk
         )
@@ -135,7 +136,8 @@ def occlusion_passes(
 ) -> int:
     """Forward passes through one view that `occlusion` of each channel takes for an instance in a volume `(X, Y, Z, C)`."""
     sides = per_axis("patch", patch)
-    geometry = Geometry.of(predictor.plan(shape), predictor.local_fn)
+    plan = predictor.plan(shape)
+    geometry = Geometry.of(plan, predictor.fitted(plan).local_fn)
     views = {view for portion in portions(geometry, [instance]) for view in portion.views}
     region = region_of(geometry.plan, instance, margin, sorted({view[0] for view in views}))
     step = sides if stride is None else per_axis("stride", stride)

@@ -64,6 +64,9 @@ def jacobian_rows(
     (2, 1)
     """
 
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk must be at least 1, not {chunk}")
+
     def explain(
         key: Array,
         predictor: StitchedPredictor,
@@ -75,6 +78,7 @@ def jacobian_rows(
         if not instances:
             return [], []
         plan = predictor.plan(image.shape)
+        predictor = predictor.fitted(plan)
         geometry = Geometry.of(plan, predictor.local_fn)
         work = portions(geometry, instances)
         where = regions(geometry, work, len(instances))
@@ -160,7 +164,7 @@ class _Job:
         def one(shard: StitchedPredictor, views: Views, share: list[Portion]) -> dict[int, Any]:
             return self._states(device_of(shard), views, share, image.shape[-1], told)
 
-        shares = spread(work, len(shards))
+        shares = spread(work, len(shards), split=not self.aggregator.linear)
         if len(shards) == 1:
             return one(shards[0], views[0], shares[0])
         with ThreadPoolExecutor(len(shards)) as pool:
@@ -206,7 +210,7 @@ class _Job:
         sizes = chunk_sizes(views[portion.views[0]], self.chunk, self.memory, extra)
         values = views.values(portion)
         make = sum_chunks if self.aggregator.linear else row_chunks
-        for block in _blocks(make(portion, values, sizes), held_rows(views, portion, sizes)):
+        for block in _blocks(make(portion, values, sizes), held_rows(views, portion, sizes, extra, self.memory)):
             sums: list[Array | None] = [None] * len(block)
             for number, view in enumerate(portion.views):
                 linear, offset = views[view], self.geometry.corner(view) - np.array(box.start, np.int32)

@@ -140,12 +140,14 @@ def _joined(parts: Sequence[Portion]) -> Portion:
     )
 
 
-def spread(work: Sequence[Portion], devices: int) -> list[list[Portion]]:
-    """The work of each device: about as many passes, a view rarely on two. Large portions are split."""
+def spread(work: Sequence[Portion], devices: int, split: bool = True) -> list[list[Portion]]:
+    """The work of each device: about as many passes, a view rarely on two. Large portions are split, unless they are sums."""
     if devices == 1:
         return [list(work)]
     most = max(8, -(-sum(len(p.row) for p in work) // (4 * devices)))
-    pieces = [p.part(slice(i, i + most)) for p in work for i in range(0, len(p.row), most)]
+    pieces = list(work)
+    if split:
+        pieces = [p.part(slice(i, i + most)) for p in work for i in range(0, len(p.row), most)]
     shares: list[list[Portion]] = [[] for _ in range(devices)]
     load = [0] * devices
     # a linearisation costs about as much as a few rows

@@ -29,7 +29,7 @@ class WindowScore(NamedTuple):
     number: int
     start: np.ndarray
     share: np.ndarray
-    rest: Array | np.ndarray
+    rest: np.ndarray
 
 
 def window_scores(
@@ -40,26 +40,24 @@ def window_scores(
     windows = np.flatnonzero((share > 0).any(1)).tolist()
     held = {w: share[w] > 0 for w in windows}
     classes = len(head.classes) if head.classes is not None else _classes(predictor, plan, padded)
-    parts: dict[int, Array] = {}
+    # on the host: gathering so few numbers is not worth a program for each size of lesion
+    parts: dict[int, np.ndarray] = {}
+    blended = np.zeros((len(instance.voxels), classes), padded.dtype)
     if not head.linear:
-        blended = jnp.zeros((len(instance.voxels), classes), padded.dtype)
         for w in windows:
-            logits = _window_logits(predictor.logits_fn, padded, plan.starts[w], plan.window, head)
-            parts[w] = (
-                jnp.zeros_like(blended)
-                .at[np.flatnonzero(held[w])]
-                .set(jnp.asarray(share[w][held[w]], logits.dtype)[:, None] * logits[tuple(local[w][held[w]].T)])
-            )
-            blended = blended + parts[w]
+            logits = np.asarray(_window_logits(predictor.logits_fn, padded, plan.starts[w], plan.window, head))
+            parts[w] = np.zeros_like(blended)
+            parts[w][held[w]] = share[w][held[w], None].astype(logits.dtype) * logits[tuple(local[w][held[w]].T)]
+            blended += parts[w]
     for w in windows:
         places = tuple(local[w][held[w]].T)
         dense = np.zeros(plan.window, np.float32)
         dense[places] = share[w][held[w]]
         if head.linear:
-            rest: Array | np.ndarray = np.zeros((1, 1, 1, classes), np.float32)
+            rest = np.zeros((1, 1, 1, classes), np.float32)
         else:
-            others = (blended - parts[w])[np.flatnonzero(held[w])]
-            rest = jnp.zeros((*plan.window, classes), padded.dtype).at[places].set(others)
+            rest = np.zeros((*plan.window, classes), padded.dtype)
+            rest[places] = (blended - parts[w])[held[w]]
         yield WindowScore(w, plan.starts[w], dense, rest)
 
 
