@@ -196,11 +196,18 @@ def test_a_chunk_of_no_rows_is_refused(chunk):
         jacobian_rows(signed_max(), chunk=chunk)
 
 
-@pytest.mark.parametrize("voxels", [[[0, 0, 4]], [[-1, 0, 0]], np.zeros((0, 3))])
+@pytest.mark.parametrize("voxels", [[[0, 0, 4]], [[-1, 0, 0]]])
 def test_voxels_outside_of_the_volume_are_refused(voxels):
     lesion = Instance(1, np.array(voxels, np.int32).reshape(-1, 3))
     with pytest.raises(ValueError, match=r"must lie in the volume \(4, 4, 4\); found"):
         jacobian_rows(mean())(KEY, StitchedPredictor(smooth, (4, 4, 4)), jnp.ones((4, 4, 4, 2)), [lesion])
+
+
+def test_an_instance_without_voxels_is_refused():
+    with pytest.raises(ValueError, match="instance 7 has no voxels"):
+        jacobian_rows(mean())(
+            KEY, StitchedPredictor(smooth, (4, 4, 4)), jnp.ones((4, 4, 4, 2)), [Instance(7, np.zeros((0, 3), np.int32))]
+        )
 
 
 def test_a_sum_takes_one_pass_however_many_devices():

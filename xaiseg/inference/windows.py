@@ -97,8 +97,8 @@ class WindowPlan:
         voxels: `(n, 3)` in the volume. Returns `local` `(n_windows, n, 3)`, each voxel's place in each window, and `share`
         `(n_windows, n)` float32, `w / Σw` where the window holds the voxel and 0 elsewhere; shares of a voxel add up to 1.
         """
-        if not len(voxels) or (voxels < 0).any() or (voxels >= np.array(self.shape)).any():
-            found = f"from {voxels.min(0).tolist()} to {voxels.max(0).tolist()}" if len(voxels) else "none"
+        if (voxels < 0).any() or (voxels >= np.array(self.shape)).any():
+            found = f"from {voxels.min(0).tolist()} to {voxels.max(0).tolist()}"
             raise ValueError(f"an instance's voxels must lie in the volume {self.shape}; found {found}")
         padded = voxels + np.array([lo for lo, _ in self.padding], np.int32)
         local = padded[None] - self.starts[:, None]

@@ -163,6 +163,8 @@ def _by_views(
 ) -> Iterator[tuple[tuple[View, ...], np.ndarray, np.ndarray, np.ndarray]]:
     """The voxels of an instance by the views they need: views, row numbers, places `(m, n, 3)`, shares `(m, n)`."""
     plan = geometry.plan
+    if not len(instance.voxels):
+        raise ValueError(f"instance {instance.label} has no voxels")
     local, share = plan.coverage(instance.voxels)
     tile, last = np.array(geometry.sides, np.int32), np.array(plan.window, np.int32) - geometry.sides
     start = np.where(share[..., None] > 0, np.minimum(local // tile * tile, last), -1)
