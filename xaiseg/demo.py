@@ -36,7 +36,7 @@ def run_demo(out: Path, cases: int = 2, samples: int = 4, overwrite: bool = Fals
     manifest = write_phantoms(scans, cases)
     settings = Settings(methods=("smoothgrad", "gradcam++"), samples=samples)
     rows = explain(example_model(), Request(manifest, out / "results", overwrite=overwrite), settings)
-    pictures = sorted((out / "results").glob("sub-*/anat/*smoothgrad*.png"))
+    pictures = sorted((out / "results").glob("sub-*/anat/*smoothgrad_lesion-*.png"))
     print(f"\nlook at   {out / 'results' / 'desc-smoothgrad_summary.png'}\n          {pictures[0] if pictures else ''}")
     print(f"tables    {out / 'results' / 'lesions.tsv'}, {out / 'results' / 'cases.tsv'}")
     return rows
