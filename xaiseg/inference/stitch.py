@@ -135,13 +135,19 @@ def _apply(logits_fn: LogitsFn, x: Array) -> Array:
     return logits_fn(x)
 
 
+def check_grid(logits: Array, window: tuple[int, ...], count: int = 1) -> None:
+    """Raise ValueError unless these are the logits `(count, *window, classes)` of so many windows."""
+    expected = (count, *window)
+    if logits.ndim != len(expected) + 1 or logits.shape[:-1] != expected:
+        raise ValueError(f"logits have shape {logits.shape} for a window {window}, expected {expected} and classes")
+
+
 def class_logit(logits: Array, window: tuple[int, ...], target_class: int) -> Array:
     """The logits `window` of one class of a single window, from `(1, *window, classes)`; checked when traced.
 
     Raises ValueError where the logits have another shape, or no such class: JAX would take the nearest one.
     """
-    if logits.ndim != len(window) + 2 or logits.shape[:-1] != (1, *window):
-        raise ValueError(f"logits have shape {logits.shape} for a window {window}, expected {(1, *window)} and classes")
+    check_grid(logits, window)
     if target_class not in range(logits.shape[-1]):
         raise ValueError(
             f"target_class is {target_class}, but the network has {logits.shape[-1]} classes, numbered from 0"

@@ -12,7 +12,7 @@ from jax import Array
 from jax.tree_util import Partial
 
 from xaiseg._types import Explainer, Info, Instance, Progress, SaliencyMap, TappedFn
-from xaiseg.inference import Box, StitchedPredictor, WindowPlan, cut, pad
+from xaiseg.inference import Box, StitchedPredictor, WindowPlan, check_grid, cut, pad
 from xaiseg.inference.devices import device_of
 from xaiseg.saliency.rows import crop_to_volume, head_of
 from xaiseg.saliency.score import WindowScore, score, window_scores
@@ -173,10 +173,7 @@ class _Score:
     ) -> tuple[Array, dict[str, Array]]:
         sides = share.shape
         logits, taps = tapped_fn(cut(padded, start, sides)[None], offsets)
-        if logits.ndim != len(sides) + 2 or logits.shape[:-1] != (1, *sides):
-            raise ValueError(
-                f"logits have shape {logits.shape} for a window {sides}, expected {(1, *sides)} and classes"
-            )
+        check_grid(logits, sides)
         return score(self.head, logits[0], share, rest), taps
 
 

@@ -18,7 +18,7 @@ from jax import Array
 
 from xaiseg._types import LogitsFn
 from xaiseg.errors import InputError
-from xaiseg.inference import StitchedPredictor, cut
+from xaiseg.inference import StitchedPredictor, check_grid, cut
 from xaiseg.inference.devices import device_of
 from xaiseg.saliency.schedule import Geometry, Portion, View
 from xaiseg.saliency.targets import Head
@@ -54,10 +54,8 @@ class Views:
         memory: int | None = None,
     ) -> None:
         self.geometry, self.head = geometry, head
-        self._predictor, self._memory = predictor, memory
-        local = predictor.local_fn
-        reach = [(0, 0)] * 3 if local is None else list(zip(local.before, local.after, strict=True))
-        self._field_source = jnp.pad(padded, (*reach, (0, 0)))
+        self._predictor = predictor
+        self._source = geometry.with_reach(padded)
         self._kept: OrderedDict[View, Linear] = OrderedDict()
         self._budget = memory if memory is not None else total_memory(device_of(predictor)) // _KEPT_SHARE
 
@@ -86,34 +84,29 @@ class Views:
             return portion.values
         if head.linear:
             classes = len(head.classes or ())
-            one = jax.eval_shape(head.gradient, jax.ShapeDtypeStruct((classes,), jnp.float32))
-            return np.broadcast_to(np.asarray(_constant_gradient(head, classes), one.dtype), (count, classes))
+            return np.broadcast_to(_constant_gradient(head, classes), (count, classes))
         # on the host, and in few sizes: gathering so few numbers is not worth a program for each size of lesion
-        size = 1 << (count - 1).bit_length()
         blended: Any = 0.0
         for view, place, share in zip(portion.views, portion.place, portion.share, strict=True):
             logits = np.asarray(self[view].logits)
             blended = blended + logits[tuple(place.T)] * share[:, None].astype(logits.dtype)
-        return np.asarray(_gradient(head, _fill(blended, size)))[:count]
+        return np.asarray(_gradient(head, fill(blended, few_sizes(count))))[:count]
 
     def _linearise(self, view: View) -> Linear:
         p, plan = self._predictor, self.geometry.plan
-        corner = plan.starts[view[0]] + np.array(view[1:], np.int32)
+        corner = self.geometry.place(view)
         if p.local_fn is None:
-            return Linear(*linearise_window(p.logits_fn, self._field_source, corner, plan.window, self.head))
+            return Linear(*linearise_window(p.logits_fn, self._source, corner, plan.window, self.head))
         start, sides = np.array(view[1:], np.int32), np.array(plan.window, np.int32)
         function, field = p.local_fn.function, p.local_fn.field
-        return Linear(*linearise_tile(function, self._field_source, corner, start, sides, field, self.head))
+        return Linear(*linearise_tile(function, self._source, corner, start, sides, field, self.head))
 
 
 @partial(jax.jit, static_argnums=(3, 4))
 def linearise_window(logits_fn: LogitsFn, padded: Array, corner: Array, window: tuple[int, ...], head: Head) -> Any:
     def chosen(x: Array) -> Array:
         logits = logits_fn(x[None])
-        if logits.ndim != len(window) + 2 or logits.shape[:-1] != (1, *window):
-            raise ValueError(
-                f"logits have shape {logits.shape} for a window {window}, expected {(1, *window)} and classes"
-            )
+        check_grid(logits, window)
         return head.choose(logits[0])
 
     return jax.vjp(chosen, cut(padded, corner, window))
@@ -147,7 +140,7 @@ class Chunk(NamedTuple):
     row_of: np.ndarray
     place: np.ndarray
     share: np.ndarray
-    value: Any
+    value: np.ndarray
     instance: np.ndarray
     number: np.ndarray
     weight: np.ndarray
@@ -157,29 +150,29 @@ class Chunk(NamedTuple):
         return int(np.count_nonzero(self.weight))
 
 
-def row_chunks(portion: Portion, values: Any, sizes: Sequence[int]) -> Iterator[Chunk]:
+def row_chunks(portion: Portion, values: np.ndarray, sizes: Sequence[int]) -> Iterator[Chunk]:
     """One row for each voxel, in chunks of the given sizes, largest first."""
     first, count = 0, len(portion.row)
     while first < count:
         size = _next_size(count - first, sizes)
         held = slice(first, first + size)
         part, first = portion.part(held), first + size
-        filled = partial(_fill, size=size)
+        filled = partial(fill, size=size)
         yield Chunk(
             np.arange(size, dtype=np.int32),
             filled(part.place, axis=1),
             filled(part.share, axis=1),
-            filled(np.asarray(values[held])),
+            filled(values[held]),
             filled(part.instance, value=-1),
             filled(part.row),
             filled(np.ones(len(part.row), np.float32)),
         )
 
 
-def sum_chunks(portion: Portion, values: Any, sizes: Sequence[int]) -> Iterator[Chunk]:
+def sum_chunks(portion: Portion, values: np.ndarray, sizes: Sequence[int]) -> Iterator[Chunk]:
     """One row for each instance of a portion, the sum of its own."""
     numbers, row_of = np.unique(portion.instance, return_inverse=True)
-    values, first = np.asarray(values), 0
+    first = 0
     while first < len(numbers):
         size = _next_size(len(numbers) - first, sizes)
         held = (row_of >= first) & (row_of < first + size)
@@ -187,15 +180,15 @@ def sum_chunks(portion: Portion, values: Any, sizes: Sequence[int]) -> Iterator[
         # a row that comes from several views counts by its shares, which add up to one
         counts = np.bincount(row_of[held] - first, part.share[0])
         # few shapes of the step that builds the cotangents
-        entries = partial(_fill, size=1 << (len(part.row) - 1).bit_length())
+        entries = partial(fill, size=few_sizes(len(part.row)))
         yield Chunk(
             entries((row_of[held] - first).astype(np.int32)),
             entries(part.place, axis=1),
             entries(part.share, axis=1),
             entries(values[held]),
-            _fill(numbers[first : first + size], size, value=-1),
+            fill(numbers[first : first + size], size, value=-1),
             np.zeros(size, np.int32),
-            _fill(counts.astype(np.float32), size),
+            fill(counts.astype(np.float32), size),
         )
         first += size
 
@@ -206,8 +199,13 @@ def _next_size(left: int, sizes: Sequence[int]) -> int:
     return large if left > large // 2 or small == large else small
 
 
-def _fill(array: np.ndarray, size: int, axis: int = 0, value: float = 0) -> np.ndarray:
-    """Zeros behind the last, so that every chunk has a compiled shape; an entry with share 0 adds nothing."""
+def few_sizes(count: int) -> int:
+    """The next power of two: programs are compiled for few sizes."""
+    return 1 << (count - 1).bit_length()
+
+
+def fill(array: np.ndarray, size: int, axis: int = 0, value: float = 0) -> np.ndarray:
+    """Zeros behind the last, so that there is a compiled shape; an entry with share 0 adds nothing."""
     widths = [(0, 0)] * array.ndim
     widths[axis] = (0, size - array.shape[axis])
     return np.pad(array, widths, constant_values=value)
@@ -238,6 +236,8 @@ def chunk_sizes(linear: Linear, chunk: int | None, memory: int | None, extra: in
 
     Raises InputError where `memory` holds fewer than the rows asked for.
     """
+    if chunk is not None and memory is None:
+        return (chunk,)  # nothing to find out, for which a row would be compiled
     needed = row_bytes(linear) + extra
     if memory is not None and memory < needed * (chunk or 1):
         rows = f"a chunk of {chunk} rows" if chunk else "one row"
@@ -287,5 +287,6 @@ def total_memory(device: Any = None) -> int:
     return int(stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
-def box_bytes(shape: Sequence[int], channels: int, dtype: Any = np.float32) -> int:
-    return math.prod(shape) * channels * np.dtype(dtype).itemsize
+def box_bytes(shape: Sequence[int], channels: int) -> int:
+    """Of a row over a box, float32."""
+    return math.prod(shape) * channels * 4

@@ -172,7 +172,7 @@ def merge_samples(
             (jax.device_put(b.values, here), jax.device_put(b.standard_error, here), float(more.samples)),
         )
         merged.append(SaliencyMap(values, a.start, error))
-        before = info.course or _course([jnp.stack([a.values.max((0, 1, 2)), jnp.full(a.values.shape[-1], jnp.nan)])])
+        before = info.course or _course([_peaks(jnp.asarray(a.values), jnp.full_like(a.values, jnp.nan))])
         unknown = [(math.nan,) * a.values.shape[-1]] * (more.samples - 1)
         after = _course([point])
         course = Course(

@@ -16,9 +16,10 @@ import numpy as np
 from jax import Array
 
 from xaiseg._types import Explainer, Info, Instance, LogitsFn, Progress, SaliencyMap
-from xaiseg.inference import StitchedPredictor, cut, pad
+from xaiseg.inference import StitchedPredictor, check_grid, cut, pad
 from xaiseg.inference.devices import device_of, row_shards
 from xaiseg.saliency.baselines import Baseline, reference_image, zero
+from xaiseg.saliency.linearise import few_sizes, fill
 from xaiseg.saliency.patches import mean_over_patches, patches_in, per_axis, reached, region_of
 from xaiseg.saliency.rows import head_of
 from xaiseg.saliency.schedule import Geometry, View, portions
@@ -174,8 +175,7 @@ class _Passes:
     ) -> None:
         plan, local = predictor.plan(image.shape), predictor.local_fn
         self.geometry, self.head, self.channels = Geometry.of(plan, local), head, image.shape[-1]
-        reach = [(0, 0)] * 3 if local is None else list(zip(local.before, local.after, strict=True))
-        both = tuple(jnp.pad(pad(x, plan), (*reach, (0, 0))) for x in (image, reference))
+        both = tuple(self.geometry.with_reach(pad(x, plan)) for x in (image, reference))
         shards = row_shards(predictor)
         self._shards = [(s, *(both if device_of(s) is None else jax.device_put(both, device_of(s)))) for s in shards]
         self.chunk = chunk or (1 if next(iter(self._shards[0][1].devices())).platform == "cpu" else _CHUNK)
@@ -193,11 +193,11 @@ class _Passes:
             if progress is not None:
                 progress(count)
 
-        # few shapes of the step that picks the voxels, and one of the network
-        places = _fill(place, 1 << (len(place) - 1).bit_length())
+        # few shapes of the step that picks the voxels, and one of the network: an empty patch occludes nothing
+        places = fill(place, few_sizes(len(place)))
         for number, first in enumerate(range(0, len(occluded.low), self.chunk)):
             part = occluded.part(slice(first, first + self.chunk))
-            batch = self._forward(number % len(self._shards), view, _Occluded(*(_fill(a, self.chunk) for a in part)))
+            batch = self._forward(number % len(self._shards), view, _Occluded(*(fill(a, self.chunk) for a in part)))
             flying.append((_pick(batch, places), len(part.low)))
             if len(flying) > _IN_FLIGHT * len(self._shards):
                 land()
@@ -210,7 +210,7 @@ class _Passes:
         plan, local, corner = self.geometry.plan, predictor.local_fn, self.geometry.corner(view)
         # counted from the first voxel of what the view depends on; the images begin that much before the padded volume
         relative = occluded._replace(low=occluded.low - corner, high=occluded.high - corner)
-        source = (image, reference, corner + np.array(self.geometry.before, np.int32), relative)
+        source = (image, reference, self.geometry.place(view), relative)
         if local is None:
             return _window_logits(predictor.logits_fn, *source, plan.window, self.head)
         start, sides = np.array(view[1:], np.int32), np.array(plan.window, np.int32)
@@ -229,8 +229,7 @@ def _window_logits(
 ) -> Array:
     batch = _occlude(image, reference, corner, occluded, window)
     logits = logits_fn(batch)
-    if logits.ndim != batch.ndim or logits.shape[:-1] != batch.shape[:-1]:
-        raise ValueError(f"logits have shape {logits.shape} for windows {batch.shape}, expected the same and classes")
+    check_grid(logits, window, len(batch))
     return head.choose(logits)
 
 
@@ -320,7 +319,7 @@ def _effects(
 def _targets(head: Head, logits: np.ndarray) -> np.ndarray:
     """The target `(...)` of chosen logits `(..., classes)`, in few compiled shapes."""
     flat = logits.reshape(-1, logits.shape[-1])
-    filled = np.pad(flat, ((0, (1 << (len(flat) - 1).bit_length()) - len(flat)), (0, 0)), mode="edge")
+    filled = np.pad(flat, ((0, few_sizes(len(flat)) - len(flat)), (0, 0)), mode="edge")
     return np.asarray(_target(head, filled))[: len(flat)].reshape(logits.shape[:-1])
 
 
@@ -335,8 +334,3 @@ def _held_by_view(geometry: Geometry, instance: Instance) -> dict[View, _Held]:
 
 def _blocks(count: int, size: int) -> Iterator[slice]:
     return (slice(first, first + size) for first in range(0, count, size))
-
-
-def _fill(array: np.ndarray, size: int) -> np.ndarray:
-    """Zeros behind the last; an empty patch occludes nothing."""
-    return np.pad(array, [(0, size - len(array))] + [(0, 0)] * (array.ndim - 1))

@@ -6,7 +6,6 @@ of all instances of a scan are scheduled together: each view is linearised once,
 and each instance's running reduction stays on the device.
 """
 
-import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +32,7 @@ from xaiseg.saliency.linearise import (
     sum_chunks,
 )
 from xaiseg.saliency.schedule import Geometry, Portion, Region, by_view, passes, portions, regions, spread
+from xaiseg.saliency.shards import one_at_a_time
 from xaiseg.saliency.targets import Head, Target, head
 
 # Chunks on their way at once: the next is prepared while one is computed.
@@ -144,7 +144,6 @@ class _Job:
     ) -> None:
         self.aggregator, self.head, self.geometry, self.where = aggregator, head, geometry, where
         self.chunk, self.memory = chunk, memory
-        self._progress_lock = threading.Lock()
 
     def run(
         self, shards: Sequence[StitchedPredictor], work: list[Portion], image: Array, progress: Progress | None
@@ -153,13 +152,10 @@ class _Job:
         views = [self._views(shard, image) for shard in shards]
         if self.aggregator.linear:
             # a nonlinear target's derivatives need all views of a voxel; the sums then take one view at a time
-            known = [portion._replace(values=np.asarray(views[0].values(portion))) for portion in work]
+            known = [portion._replace(values=views[0].values(portion)) for portion in work]
             work = by_view(known)
 
-        def told(rows: int) -> None:
-            if progress is not None:
-                with self._progress_lock:
-                    progress(rows)
+        told = one_at_a_time(progress) or (lambda rows: None)
 
         def one(shard: StitchedPredictor, views: Views, share: list[Portion]) -> dict[int, Any]:
             return self._states(device_of(shard), views, share, image.shape[-1], told)
@@ -183,8 +179,8 @@ class _Job:
         # a view is kept as long as rows need it: then memory grows neither with an instance nor with their number
         last = {view: number for number, portion in enumerate(work) for view in portion.views}
         for turn, portion in enumerate(work):
+            corner = np.array(self.geometry.box(portion.views).start, np.int32)
             for chunk, rows in self._rows(views, portion, channels):
-                corner = np.array(self.geometry.box(portion.views).start, np.int32)
                 for number in np.unique(chunk.instance[chunk.weight > 0]).tolist():
                     region = self.where[number]
                     if number not in found:

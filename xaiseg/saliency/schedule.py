@@ -8,7 +8,9 @@ through.
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from xaiseg._types import Instance, LocalFn
 from xaiseg.inference import Box, WindowPlan
@@ -44,22 +46,31 @@ class Portion(NamedTuple):
 
 class Geometry(NamedTuple):
     """Where views lie in the padded volume. sides: of a view's logits. field: of the input that they depend on, which begins
-    `before` them; both equal the window without local logits."""
+    `before` them and ends `after` them; both equal the window without local logits."""
 
     plan: WindowPlan
     sides: tuple[int, ...]
     field: tuple[int, ...]
     before: tuple[int, ...]
+    after: tuple[int, ...]
 
     @classmethod
     def of(cls, plan: WindowPlan, local_fn: LocalFn | None) -> "Geometry":
         if local_fn is None:
-            return cls(plan, plan.window, plan.window, (0, 0, 0))
-        return cls(plan, local_fn.tile, local_fn.field, local_fn.before)
+            return cls(plan, plan.window, plan.window, (0, 0, 0), (0, 0, 0))
+        return cls(plan, local_fn.tile, local_fn.field, local_fn.before, local_fn.after)
 
     def corner(self, view: View) -> np.ndarray:
         """The first voxel of a view's field, which may lie outside of the padded volume."""
-        return self.plan.starts[view[0]] + np.array(view[1:], np.int32) - np.array(self.before, np.int32)
+        return self.place(view) - np.array(self.before, np.int32)
+
+    def place(self, view: View) -> np.ndarray:
+        """The first voxel of a view's logits in the padded volume, which is that of its field in the volume `with_reach`."""
+        return self.plan.starts[view[0]] + np.array(view[1:], np.int32)
+
+    def with_reach(self, padded: Array) -> Array:
+        """The padded volume with zeros around it, so that every view's field lies within."""
+        return jnp.pad(padded, (*zip(self.before, self.after, strict=True), (0, 0)))
 
     def box(self, views: Sequence[View]) -> Box:
         """What the rows of a portion with these views cover; somewhat more where there are several."""

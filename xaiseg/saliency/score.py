@@ -21,12 +21,11 @@ from xaiseg.saliency.targets import Head
 class WindowScore(NamedTuple):
     """Of one window and one instance.
 
-    start: `(3,)` of the window in the padded volume. number: the window's in the plan.
+    start: `(3,)` of the window in the padded volume.
     share: `(*window,)` float32, of each voxel of the instance, 0 elsewhere.
     rest: `(*window, n)`, what the other windows add to the blended logits; of a linear target, which needs none, `(1, 1, 1, n)`.
     """
 
-    number: int
     start: np.ndarray
     share: np.ndarray
     rest: np.ndarray
@@ -58,7 +57,7 @@ def window_scores(
         else:
             rest = np.zeros((*plan.window, classes), padded.dtype)
             rest[places] = (blended - parts[w])[held[w]]
-        yield WindowScore(w, plan.starts[w], dense, rest)
+        yield WindowScore(plan.starts[w], dense, rest)
 
 
 def score(head: Head, logits: Array, share: Array, rest: Array) -> Array:
