@@ -214,7 +214,7 @@ def rectified(x):
 
 
 def guided_rows(predictor):
-    """Of each voxel, backwards through each layer's Jacobian by differences, in each window; before an activation, negative is zero."""
+    """Of each voxel, backwards through the Jacobians of layers in each window; a negative cotangent ends before an activation."""
     plan = predictor.plan(SHAPE)
     total = np.zeros((len(LESION.voxels), *IMAGE.shape))
 
