@@ -34,11 +34,12 @@ def print_peaks(network: str, setup: Setup, variant: str, sizes: Sequence[int]) 
             sys.exit(f"{' '.join(map(str, command))} failed:\n{done.stderr}")
         what = f"{lesions} lesion{'s' * (lesions > 1)} of {voxels} voxels{' (2 rows)' * (side == 'torch')}"
         name = {"torch": "PyTorch"}.get(side, side)
-        print(f"  {name:8}{what:34}{done.stdout.split()[-1]:>7} MiB", flush=True)
+        peak, *maps = done.stdout.splitlines()[-1].split()
+        print(f"  {name:8}{what:34}{peak:>7} MiB{', of which maps '.join(['', *maps])}", flush=True)
 
 
 def print_peak(network: str, setup: Setup, side: str, lesions: int, voxels: int) -> None:
-    """Run one side alone and print its peak in MiB.
+    """Run one side alone and print its peak in MiB, and for xaiseg what of it are the maps that it returns.
 
     xaiseg is warm: the compiler's own memory does not count, the programs do.
     """
@@ -56,16 +57,17 @@ def print_peak(network: str, setup: Setup, side: str, lesions: int, voxels: int)
     x = jax.block_until_ready(jnp.asarray(image))
     explain = jacobian_rows(signed_max())
 
-    def run(parts: list[np.ndarray]) -> None:
+    def run(parts: list[np.ndarray]) -> int:
+        """Returns the bytes of the maps."""
         maps, _ = explain(jax.random.key(0), predictor, x, [Instance(i + 1, v) for i, v in enumerate(parts)])
-        jax.block_until_ready([m.values for m in maps])
+        return sum(jax.block_until_ready(m.values).nbytes for m in maps)
 
     peak = Peak(allocator_of(side))
     # where a chunk is one row, one row of each compiles all that the lesions take
     run(held if network == "unet" else [v[:1] for v in held])
     peak.restart()
-    run(held)
-    print(peak.mib())
+    maps = run(held)
+    print(peak.mib(), round(maps / 2**20))
 
 
 def _lesions(model: object, shape: tuple[int, ...], count: int, voxels: int) -> list[np.ndarray]:

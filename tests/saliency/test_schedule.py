@@ -90,3 +90,21 @@ def test_regions_hold_the_fields_of_their_views(geometry):
                 corners += [geometry.corner(view) for view in portion.views]
         assert region.box.start == tuple(np.min(corners, axis=0).tolist())
         assert (np.array(region.box.start) + region.box.shape == np.max(corners, axis=0) + geometry.field).all()
+
+
+def test_views_needed_at_once_do_not_grow_with_instances():
+    """Between a view's first row and its last, other lesions' views would be kept beside it."""
+    plan = plan_windows((20, 16, 400), (8, 8, 8), 0.25)
+    geometry = Geometry.of(plan, LocalFn(lambda *_: None, (4, 4, 4), (2, 2, 2), (3, 3, 3), (3, 3, 3)))
+
+    def needed_at_once(count):
+        cube = np.argwhere(np.ones((3, 3, 3))).astype(np.int32)
+        work = portions(geometry, [Instance(i, cube + (i % 7, i % 5, 8 * i)) for i in range(count)])
+        first, last = {}, {}
+        for turn, portion in enumerate(work):
+            for view in portion.views:
+                first.setdefault(view, turn)
+                last[view] = turn
+        return max(sum(first[v] <= turn <= last[v] for v in first) for turn in range(len(work)))
+
+    assert needed_at_once(48) <= needed_at_once(12)

@@ -7,7 +7,7 @@ and each instance's running reduction stays on the device.
 """
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -83,8 +83,7 @@ def jacobian_rows(
         work = portions(geometry, instances)
         where = regions(geometry, work, len(instances))
         job = _Job(aggregator, head_of(predictor, target, image), geometry, where, chunk, memory)
-        states = job.run(row_shards(predictor), work, image, progress)
-        maps = [crop_to_volume(plan, _finalize(aggregator, states[i]), region.box) for i, region in enumerate(where)]
+        maps = job.run(row_shards(predictor), work, image, progress)
         infos = [Info(rows=r, windows=w) for r, w in passes(work, len(instances), aggregator.linear)]
         return maps, infos
 
@@ -147,8 +146,8 @@ class _Job:
 
     def run(
         self, shards: Sequence[StitchedPredictor], work: list[Portion], image: Array, progress: Progress | None
-    ) -> dict[int, Any]:
-        """The state of each instance, on the first device."""
+    ) -> list[SaliencyMap]:
+        """The map of each instance, on the first device."""
         views = [self._views(shard, image) for shard in shards]
         if self.aggregator.linear:
             # a nonlinear target's derivatives need all views of a voxel; the sums then take one view at a time
@@ -156,15 +155,21 @@ class _Job:
             work = by_view(known)
 
         told = one_at_a_time(progress) or (lambda rows: None)
+        channels = image.shape[-1]
+        if len(shards) == 1:
+            found = self._states(device_of(shards[0]), views[0], work, channels, told, self._map)
+            return [found[number] for number in range(len(self.where))]
 
         def one(shard: StitchedPredictor, views: Views, share: list[Portion]) -> dict[int, Any]:
-            return self._states(device_of(shard), views, share, image.shape[-1], told)
+            return self._states(device_of(shard), views, share, channels, told, lambda number, state: state)
 
         shares = spread(work, len(shards), split=not self.aggregator.linear)
-        if len(shards) == 1:
-            return one(shards[0], views[0], shares[0])
         with ThreadPoolExecutor(len(shards)) as pool:
-            return _merged(self.aggregator, list(pool.map(one, shards, views, shares)), device_of(shards[0]))
+            states = _merged(self.aggregator, list(pool.map(one, shards, views, shares)), device_of(shards[0]))
+        return [self._map(number, states[number]) for number in range(len(self.where))]
+
+    def _map(self, number: int, state: Any) -> SaliencyMap:
+        return crop_to_volume(self.geometry.plan, _finalize(self.aggregator, state), self.where[number].box)
 
     def _views(self, shard: StitchedPredictor, image: Array) -> Views:
         device = device_of(shard)
@@ -172,12 +177,20 @@ class _Job:
         return Views(shard, self.geometry, pad(image, self.geometry.plan), self.head, self.memory)
 
     def _states(
-        self, device: Any, views: Views, work: list[Portion], channels: int, progress: Progress
+        self,
+        device: Any,
+        views: Views,
+        work: list[Portion],
+        channels: int,
+        progress: Progress,
+        finish: Callable[[int, Any], Any],
     ) -> dict[int, Any]:
+        """What `finish` makes of the state of each instance after its last row, so that few states are there at once."""
         found: dict[int, Any] = {}
         flying: deque[tuple[Array, int]] = deque()
         # a view is kept as long as rows need it: then memory grows neither with an instance nor with their number
-        last = {view: number for number, portion in enumerate(work) for view in portion.views}
+        last = {view: turn for turn, portion in enumerate(work) for view in portion.views}
+        last_of = {number: turn for turn, portion in enumerate(work) for number in np.unique(portion.instance).tolist()}
         for turn, portion in enumerate(work):
             corner = np.array(self.geometry.box(portion.views).start, np.int32)
             for chunk, rows in self._rows(views, portion, channels):
@@ -194,6 +207,9 @@ class _Job:
             for view in portion.views:
                 if last[view] == turn:
                     views.forget(view)
+            for number in np.unique(portion.instance).tolist():
+                if last_of[number] == turn:
+                    found[number] = finish(number, found[number])
         while flying:
             _land(flying, progress)
         return found

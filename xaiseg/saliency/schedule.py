@@ -11,6 +11,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from xaiseg._types import Instance, LocalFn
 from xaiseg.inference import Box, WindowPlan
@@ -89,13 +91,26 @@ class Region(NamedTuple):
 
 
 def portions(geometry: Geometry, instances: Sequence[Instance]) -> list[Portion]:
-    """The rows of all instances, in an order that brings those with common views together."""
+    """The rows of all instances, in an order that brings those with common views together, so that few views are needed at once."""
     found: dict[tuple[View, ...], list[Portion]] = {}
     for number, instance in enumerate(instances):
         for views, rows, place, share in _by_views(geometry, instance):
             portion = Portion(views, np.full(len(rows), number), rows, place, share)
             found.setdefault(views, []).append(portion)
-    return [_joined(parts) for _, parts in sorted(found.items())]
+    keys = sorted(found)
+    return [_joined(found[views]) for _, views in sorted(zip(_clusters(keys), keys, strict=True))]
+
+
+def _clusters(keys: Sequence[tuple[View, ...]]) -> list[int]:
+    """A number for each set of views, the same for those that common views link: beyond them none of its views is needed."""
+    first: dict[View, int] = {}
+    rows, columns = [], []
+    for number, views in enumerate(keys):
+        for view in views:
+            rows.append(number)
+            columns.append(first.setdefault(view, number))
+    links = coo_array((np.ones(len(rows)), (rows, columns)), (len(keys), len(keys)))
+    return connected_components(links, directed=False)[1].tolist()
 
 
 def regions(geometry: Geometry, work: Sequence[Portion], count: int) -> list[Region]:
@@ -135,7 +150,20 @@ def by_view(work: Sequence[Portion]) -> list[Portion]:
         for i, view in enumerate(portion.views):
             one = portion._replace(views=(view,), place=portion.place[i : i + 1], share=portion.share[i : i + 1])
             found.setdefault(view, []).append(one)
-    return [_joined(parts) for _, parts in sorted(found.items())]
+    keys = sorted(found)
+    return [_joined(found[views]) for _, views in sorted(zip(_clusters(keys), keys, strict=True))]
+
+
+def _clusters(keys: Sequence[tuple[View, ...]]) -> list[int]:
+    """A number for each set of views, the same for those that common views link: beyond them none of its views is needed."""
+    first: dict[View, int] = {}
+    rows, columns = [], []
+    for number, views in enumerate(keys):
+        for view in views:
+            rows.append(number)
+            columns.append(first.setdefault(view, number))
+    links = coo_array((np.ones(len(rows)), (rows, columns)), (len(keys), len(keys)))
+    return connected_components(links, directed=False)[1].tolist()
 
 
 def _joined(parts: Sequence[Portion]) -> Portion:
