@@ -97,9 +97,11 @@ def test_views_needed_at_once_do_not_grow_with_instances():
     plan = plan_windows((20, 16, 400), (8, 8, 8), 0.25)
     geometry = Geometry.of(plan, LocalFn(lambda *_: None, (4, 4, 4), (2, 2, 2), (3, 3, 3), (3, 3, 3)))
 
-    def needed_at_once(count):
-        cube = np.argwhere(np.ones((3, 3, 3))).astype(np.int32)
-        work = portions(geometry, [Instance(i, cube + (i % 7, i % 5, 8 * i)) for i in range(count)])
+    cube = np.argwhere(np.ones((3, 3, 3))).astype(np.int32)
+    lesions = [Instance(i, cube + np.array([i % 7, i % 5, 8 * i], np.int32)) for i in range(48)]
+    work = portions(geometry, lesions)
+
+    def needed_at_once(work):
         first, last = {}, {}
         for turn, portion in enumerate(work):
             for view in portion.views:
@@ -107,4 +109,6 @@ def test_views_needed_at_once_do_not_grow_with_instances():
                 last[view] = turn
         return max(sum(first[v] <= turn <= last[v] for v in first) for turn in range(len(work)))
 
-    assert needed_at_once(48) <= needed_at_once(12)
+    most = max(len(portion.views) for portion in work)
+    assert needed_at_once(work) == most == 8
+    assert needed_at_once(sorted(work, key=lambda portion: portion.views)) > most

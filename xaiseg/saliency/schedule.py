@@ -98,10 +98,10 @@ def portions(geometry: Geometry, instances: Sequence[Instance]) -> list[Portion]
             portion = Portion(views, np.full(len(rows), number), rows, place, share)
             found.setdefault(views, []).append(portion)
     keys = sorted(found)
-    return [_joined(found[views]) for _, views in sorted(zip(_clusters(keys), keys, strict=True))]
+    return [_joined(found[views]) for _, views in sorted(zip(_linked(keys), keys, strict=True))]
 
 
-def _clusters(keys: Sequence[tuple[View, ...]]) -> list[int]:
+def _linked(keys: Sequence[tuple[View, ...]]) -> list[int]:
     """A number for each set of views, the same for those that common views link: beyond them none of its views is needed."""
     first: dict[View, int] = {}
     rows, columns = [], []
@@ -150,20 +150,7 @@ def by_view(work: Sequence[Portion]) -> list[Portion]:
         for i, view in enumerate(portion.views):
             one = portion._replace(views=(view,), place=portion.place[i : i + 1], share=portion.share[i : i + 1])
             found.setdefault(view, []).append(one)
-    keys = sorted(found)
-    return [_joined(found[views]) for _, views in sorted(zip(_clusters(keys), keys, strict=True))]
-
-
-def _clusters(keys: Sequence[tuple[View, ...]]) -> list[int]:
-    """A number for each set of views, the same for those that common views link: beyond them none of its views is needed."""
-    first: dict[View, int] = {}
-    rows, columns = [], []
-    for number, views in enumerate(keys):
-        for view in views:
-            rows.append(number)
-            columns.append(first.setdefault(view, number))
-    links = coo_array((np.ones(len(rows)), (rows, columns)), (len(keys), len(keys)))
-    return connected_components(links, directed=False)[1].tolist()
+    return [_joined(parts) for _, parts in sorted(found.items())]
 
 
 def _joined(parts: Sequence[Portion]) -> Portion:
