@@ -2,33 +2,64 @@
 
 import argparse
 import shlex
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 from training.cases import Cases, read_cases
-from training.config import Config, load_config
-from training.loop import train
+from training.config import Config, known_configs, load_config
+from training.loop import Stopped, train
 from xaiseg.errors import InputError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit status: 0 done, 1 refused, 130 stopped by Ctrl-C, 143 by SIGTERM; both with the state saved."""
     args = _parser().parse_args(arguments)
     settings = list(args.set)
     settings += [f"{name}={getattr(args, name)}" for name in ("steps", "seed") if getattr(args, name) is not None]
+    stopping = _Stopping()
     try:
         config = load_config(args.config, settings)
         folder = train(
-            config, _cases(args, config), args.out, _command(args, settings), lambda line: print(line, flush=True)
+            config,
+            _cases(args, config),
+            args.out,
+            _command(args, settings),
+            lambda line: print(line, flush=True),
+            devices=args.devices,
+            stop=lambda: stopping.signal is not None,
+            tensorboard=args.tensorboard,
         )
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except Stopped as stopped:
+        print(f"{stopped}; the same command goes on from there", file=sys.stderr)
+        return 128 + (stopping.signal or signal.SIGINT)
     except KeyboardInterrupt:
         print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
     print(f"model folder: {folder}")
     return 0
+
+
+class _Stopping:
+    """Remembers the first Ctrl-C or SIGTERM, after which the step at hand is finished and saved; the second interrupts at once."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> Any:
+        if self.signal is not None:
+            raise KeyboardInterrupt
+        self.signal = number
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -38,33 +69,52 @@ def _parser() -> argparse.ArgumentParser:
         "Run again, the same command goes on where it stopped.",
     )
     parser.add_argument(
-        "--config", required=True, metavar="NAME", help="a file of training/configs: example, unet, unet_cpu"
+        "--config", required=True, metavar="NAME", help=f"a file of training/configs: {', '.join(known_configs())}"
     )
     parser.add_argument(
         "--data", action="append", default=[], type=Path, help="BIDS folder or manifest; may be repeated"
     )
     parser.add_argument("--validation", default="", metavar="CASE,CASE", help="cases to hold out and validate with")
     parser.add_argument(
+        "--folds",
+        type=int,
+        metavar="K",
+        help="instead: split the patients into K folds of like lesion load; K = patients leaves one out at a time",
+    )
+    parser.add_argument("--fold", type=int, default=0, metavar="I", help="the fold to hold out, from 0")
+    parser.add_argument(
+        "--splits", type=Path, metavar="TSV", help="instead: folds as a splits.tsv names them, as a run writes it"
+    )
+    parser.add_argument(
         "--out", required=True, type=Path, metavar="DIR", help="folder of the run; the model is DIR/model"
     )
     parser.add_argument("--steps", type=int, help="steps of the optimiser")
-    parser.add_argument("--seed", type=int, help="of the initial parameters and the patches")
+    parser.add_argument("--seed", type=int, help="of the initial parameters, the patches and their augmentation")
+    parser.add_argument("--devices", type=int, default=1, help="devices of this machine that share each batch")
+    parser.add_argument("--tensorboard", action="store_true", help="write DIR/tensorboard too")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="FIELD=VALUE", help="any other field of the config"
+        "--set",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="any other field of the config, or a part of it: augmentation.affine=0, loss.blob=1",
     )
     return parser
 
 
 def _cases(args: argparse.Namespace, config: Config) -> Cases:
     if config.phantoms:
-        if args.data or args.validation:
+        if args.data or args.validation or args.folds or args.splits:
             raise InputError(
                 f"--data: config {args.config} draws synthetic brains; expected no scans: leave --data out"
             )
         return Cases([], [])
     if not args.data:
         raise InputError(f"--data: missing; config {args.config} needs scans: give a BIDS folder or a manifest")
-    return read_cases(args.data, [name for name in args.validation.split(",") if name], config.channels)
+    if sum(map(bool, (args.validation, args.folds, args.splits))) > 1:
+        raise InputError("--validation, --folds, --splits: expected one of them: leave the others out")
+    named = [name for name in args.validation.split(",") if name]
+    return read_cases(args.data, named, config.channels, args.folds, args.splits, args.fold, config.seed)
 
 
 def _command(args: argparse.Namespace, settings: list[str]) -> str:
@@ -72,6 +122,8 @@ def _command(args: argparse.Namespace, settings: list[str]) -> str:
     words = ["python", "-m", "training", "--config", args.config]
     words += [word for path in args.data for word in ("--data", str(path))]
     words += ["--validation", args.validation] if args.validation else []
+    words += ["--folds", str(args.folds), "--fold", str(args.fold)] if args.folds else []
+    words += ["--splits", str(args.splits), "--fold", str(args.fold)] if args.splits else []
     words += [word for setting in settings for word in ("--set", setting)]
     return shlex.join(words)
 

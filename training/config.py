@@ -1,113 +1,176 @@
 """Everything that a training run depends on, besides its cases."""
 
+import dataclasses
 import importlib
+import json
 import pkgutil
-import typing
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import training.configs
+from training.augment import PAPER, Augmentation, check_augmentation
+from training.losses import LOSSES
+from training.synthesis import Settings
 from xaiseg.checkpoints.folder import spec_from_dict
 from xaiseg.errors import InputError
 from xaiseg.models import ModelSpec, expected_variables
+from xaiseg.models.precision import PRECISIONS
 
-SCHEDULES = ("constant", "cosine", "polynomial")
+OPTIMISERS = ("adam", "adamw", "sgd")
+SCHEDULES = ("constant", "cosine", "polynomial", "plateau")
+
+_ALWAYS = Settings(probability=1.0)
+_PAPER_UNET = {"channels": [32, 64, 128, 256, 512], "strides": [2, 2, 2, 2], "norm": "batch"}
 
 
 @dataclass(frozen=True)
 class Config:
     """Settings of a run. The defaults are the paper's, where it gives one. Lengths are in voxels.
 
+    The model:
+    architecture, options: of the network, see `xaiseg.models`; a U-Net or DynUNet with `heads` is supervised on coarser grids too.
     channels, orientation, window, overlap, min_voxels: see `xaiseg.models.ModelSpec`.
-    default_layer: the tap of Grad-CAM++; the paper's, the second-highest level of the decoder, if empty.
-    features, strides, norm: of the `UNet`.
+    default_layer: the tap of Grad-CAM++; the architecture's usual one if empty.
+
+    The data:
     phantoms, validation_phantoms: seeds (first, one past the last) of synthetic brains to use instead of scans.
-
     patch: sides of the volume a network sees in training. batch: patches per step.
-    positive_fraction: of the patches, those around a lesion voxel.
-    flips, quarter_turns: probability of each, for each axis or plane. affine: probability of one combined rotation by up to ±15°
-      about each axis and scaling by up to ±10 %. intensity: probability of a shift by up to ±0.1, and of a scaling by up to ±10 %.
+    positive_fraction: of the patches, those around a lesion voxel. forced: nnU-Net's way, the last of each batch; else drawn.
+    augmentation: see `augment.Augmentation`. margin: voxels around a patch that it may draw from.
+    synthetic: copies of each scan to train on beside it, with lesions of the training scans put in and some of its own filled, see
+      `synthesis.Settings`, whose parts are `synthesis`.
 
-    steps: of the optimiser, AdamW. learning_rate: at the first step; schedule: `constant`, `cosine` or `polynomial` (power 0.9),
-      the latter two down to zero at the last.
-    dice_weight, focal_weight, dice_r, focal_gamma: see `losses`.
+    The loss:
+    loss: weights of `losses.LOSSES`. dice_r, dice_over_batch, focal_gamma, focal_activation: see `losses.weighted_sum`.
 
-    validate_every, checkpoint_every, log_every: steps.
+    The optimiser:
+    steps: batches. optimiser: `adam`, `adamw` or `sgd` (Nesterov's momentum; weight decay is added to the gradient, as PyTorch's).
+    learning_rate: after `warmup` updates, in which it rises from 0. schedule: `constant`; `cosine` or `polynomial` (power 0.9)
+      down to zero at the last; `plateau`: halved when the mean loss of `validate_every` steps has not fallen for 5 of them.
+    clip: the largest norm of the gradient, 0 for none. accumulate: batches whose mean gradient is one update.
+    average: decay of an exponential moving average of the parameters, which is then validated and exported; 0 for none.
+    precision: of convolutions and matrix products, see `xaiseg.models.precision`; parameters and sums are float32 in any case.
+
+    The run:
+    validate_every, checkpoint_every, log_every: steps. patience: validations without a better nDSC before it stops, 0 for no end.
     thresholds: on the lesion probability; the one with the best validation nDSC goes into the model, without validation the first.
-    seed: of the initial parameters and the patches.
+    seed: of the initial parameters, the patches and their augmentation.
     """
 
+    architecture: str = "unet"
+    options: dict[str, Any] = field(default_factory=lambda: dict(_PAPER_UNET))
     channels: tuple[str, ...] = ("FLAIR", "T1w")
     orientation: str = "RAS"
-    features: tuple[int, ...] = (32, 64, 128, 256, 512)
-    strides: tuple[int, ...] = (2, 2, 2, 2)
-    norm: str = "batch"
     window: tuple[int, ...] = (96, 96, 96)
     overlap: float = 0.25
     min_voxels: int = 1
     default_layer: str = ""
+
     phantoms: tuple[int, ...] = ()
     validation_phantoms: tuple[int, ...] = ()
-
     patch: tuple[int, ...] = (96, 96, 96)
     batch: int = 4
     positive_fraction: float = 0.8
-    flips: float = 0.5
-    quarter_turns: float = 0.5
-    affine: float = 0.5
-    intensity: float = 0.5
+    forced: bool = False
+    augmentation: Augmentation = PAPER
+    margin: int = 0
+    synthetic: int = 0
+    synthesis: Settings = _ALWAYS
+
+    loss: dict[str, float] = field(default_factory=lambda: {"normalised_dice": 0.5, "focal": 1.0})
+    dice_r: float = 0.001
+    dice_over_batch: bool = False
+    focal_gamma: float = 2.0
+    focal_activation: str = "softmax"
 
     steps: int = 100_000
+    optimiser: str = "adam"
     learning_rate: float = 1e-5
     schedule: str = "constant"
+    warmup: int = 0
     weight_decay: float = 0.0
-    dice_weight: float = 0.5
-    focal_weight: float = 1.0
-    dice_r: float = 0.001
-    focal_gamma: float = 2.0
+    momentum: float = 0.99
+    clip: float = 0.0
+    accumulate: int = 1
+    average: float = 0.0
+    precision: str = "float32"
 
     validate_every: int = 1000
     checkpoint_every: int = 1000
     log_every: int = 20
+    patience: int = 0
     thresholds: tuple[float, ...] = (0.3,)
     seed: int = 0
+
+    @property
+    def heads(self) -> int:
+        """Coarser grids that have logits of their own."""
+        if self.architecture in ("plain_conv_unet", "residual_encoder_unet"):
+            return len(self.options["features"]) - 2
+        return int(self.options.get("heads", 0))
+
+    @property
+    def _usual_tap(self) -> str:
+        levels = len(
+            self.options.get("channels") or self.options.get("filters") or self.options.get("features") or "   "
+        )
+        name = "decoder1" if levels > 2 else "decoder0"
+        if self.architecture == "unet":
+            return "decoder1.conv" if levels > 2 else "bottleneck.conv"
+        return "decoder2.up" if self.architecture == "swin_unetr" else f"{name}.up"
 
     def spec(self, threshold: float, source: str = "", notes: dict[str, Any] | None = None) -> ModelSpec:
         """The description of the model that this run trains."""
         description = {
-            "architecture": "unet",
-            "options": {"channels": list(self.features), "strides": list(self.strides), "norm": self.norm},
+            "architecture": self.architecture,
+            "options": self.options,
             "channels": list(self.channels),
             "window": list(self.window),
             "overlap": self.overlap,
             "threshold": threshold,
             "min_voxels": self.min_voxels,
             "orientation": self.orientation,
-            "default_layer": self.default_layer or ("decoder1.conv" if len(self.features) > 2 else "bottleneck.conv"),
+            "default_layer": self.default_layer or self._usual_tap,
             "source": source,
             "notes": notes or {},
         }
         return spec_from_dict(description, "training config")
 
 
+def known_configs() -> list[str]:
+    return sorted(module.name for module in pkgutil.iter_modules(training.configs.__path__))
+
+
 def load_config(name: str, settings: Sequence[str] = ()) -> Config:
-    """The config of that name with changes, each as `field=value`.
+    """The config of that name with changes, each as `field=value`; `field.part=value` changes a part of a field.
 
     Raises InputError for an unknown config or field and for a value that cannot be.
     """
-    known = sorted(module.name for module in pkgutil.iter_modules(training.configs.__path__))
-    if name not in known:
-        raise InputError(f"--config {name}: unknown; known are {', '.join(known)}: choose one")
-    config: Config = importlib.import_module(f"training.configs.{name}").CONFIG
-    kinds = {field.name: field.type for field in fields(Config)}
-    changes = {}
+    if name not in known_configs():
+        raise InputError(f"--config {name}: unknown; known are {', '.join(known_configs())}: choose one")
+    return check(changed(importlib.import_module(f"training.configs.{name}").CONFIG, settings))
+
+
+def changed(config: Config, settings: Sequence[str]) -> Config:
+    """Raises InputError where a setting names no field, or its value is not of the field's kind."""
     for setting in settings:
-        field, sign, text = setting.partition("=")
-        if not sign or field not in kinds:
-            raise InputError(f"--set {setting}: expected FIELD=VALUE with a field among {', '.join(kinds)}: correct it")
-        changes[field] = _value(setting, text, kinds[field])
-    return check(replace(config, **changes))
+        path, sign, text = setting.partition("=")
+        name, dot, part = path.partition(".")
+        if not sign or name not in {f.name for f in fields(Config)}:
+            known = ", ".join(f.name for f in fields(Config))
+            raise InputError(f"--set {setting}: expected FIELD=VALUE with a field among {known}: correct it")
+        old = getattr(config, name)
+        if not dot:
+            new = _value(setting, text, old)
+        elif isinstance(old, dict):
+            new = {**old, part: _value(setting, text, old.get(part))}
+        elif dataclasses.is_dataclass(old) and part in (parts := {f.name: getattr(old, f.name) for f in fields(old)}):
+            new = replace(old, **{part: _value(setting, text, parts[part])})  # type: ignore[type-var]
+        else:
+            raise InputError(f"--set {setting}: {name} has no part {part}: correct it")
+        config = replace(config, **{name: new})
+    return config
 
 
 def check(config: Config) -> Config:
@@ -120,21 +183,29 @@ def check(config: Config) -> Config:
             raise InputError(
                 f"config: {name} is {seeds}, expected two seeds, the first and one past the last: correct it"
             )
-    at_least_one = ("batch", "steps", "validate_every", "checkpoint_every", "log_every")
-    shares = ("positive_fraction", "flips", "quarter_turns", "affine", "intensity")
+    at_least_one = ("batch", "steps", "validate_every", "checkpoint_every", "log_every", "accumulate")
     rules = [(name, getattr(config, name) >= 1, "1 or more") for name in at_least_one]
-    rules += [(name, 0 <= getattr(config, name) <= 1, "a number from 0 to 1") for name in shares]
-    rules += [(name, getattr(config, name) >= 0, "0 or more") for name in ("seed", "weight_decay", "focal_gamma")]
+    rules += [(name, 0 <= getattr(config, name) <= 1, "a number from 0 to 1") for name in ("positive_fraction",)]
+    rules += [(name, 0 <= getattr(config, name) < 1, "0 or more and less than 1") for name in ("momentum", "average")]
+    not_negative = ("seed", "weight_decay", "focal_gamma", "warmup", "clip", "patience", "margin", "synthetic")
+    rules += [(name, getattr(config, name) >= 0, "0 or more") for name in not_negative]
     rules += [(name, getattr(config, name) > 0, "a positive number") for name in ("learning_rate", "dice_r")]
     rules += [
+        ("optimiser", config.optimiser in OPTIMISERS, f"one of {', '.join(OPTIMISERS)}"),
         ("schedule", config.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
+        ("precision", config.precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}"),
+        ("focal_activation", config.focal_activation in ("softmax", "sigmoid"), "softmax or sigmoid"),
+        ("loss", set(config.loss) <= set(LOSSES), f"weights of {', '.join(LOSSES)}"),
+        ("loss", _are_weights(config.loss), "weights that are not negative, one of them positive"),
+        ("warmup", config.warmup < max(config.steps // config.accumulate, 1), "fewer than the updates"),
+        ("synthetic", not config.synthetic or "FLAIR" in config.channels, "0 for scans without FLAIR"),
         ("thresholds", len(config.thresholds) > 0, "at least one number"),
         ("channels", not config.phantoms or config.channels == ("FLAIR", "T1w"), "FLAIR,T1w, as phantoms have them"),
-        ("quarter_turns", config.quarter_turns == 0 or len(set(config.patch)) == 1, "0 unless the patch is a cube"),
     ]
     for name, holds, expected in rules:
         if not holds:
             raise InputError(f"config: {name} is {getattr(config, name)!r}, expected {expected}: correct it")
+    check_augmentation(config.augmentation, config.patch)
     for threshold in config.thresholds:
         spec = config.spec(threshold)
     try:
@@ -145,12 +216,21 @@ def check(config: Config) -> Config:
     return config
 
 
-def _value(setting: str, text: str, kind: Any) -> Any:
-    """`text` as a value of a field's type: a str, int or float, or a tuple of them, separated by commas."""
+def _are_weights(loss: dict[str, float]) -> bool:
+    return all(w >= 0 for w in loss.values()) and any(w > 0 for w in loss.values())
+
+
+def _value(setting: str, text: str, old: Any) -> Any:
+    """`text` as a value of the kind of an old one: text, a number, a tuple separated by commas, or JSON where nothing was there."""
     try:
-        if typing.get_origin(kind) is not tuple:
-            return kind(text)
-        element = typing.get_args(kind)[0]
-        return tuple(element(part.strip()) for part in text.strip("()").split(",") if part.strip())
-    except ValueError as error:
-        raise InputError(f"--set {setting}: expected {kind}, as 1 or 64,64,64: correct it") from error
+        if isinstance(old, bool):
+            return {"true": True, "false": False, "1": True, "0": False}[text.lower()]
+        if isinstance(old, tuple):
+            parts = [part.strip() for part in text.strip("()").split(",") if part.strip()]
+            return tuple(part if part[:1].isalpha() else json.loads(part) for part in parts)
+        if isinstance(old, int | float | str):
+            return type(old)(text)
+        return json.loads(text)
+    except (ValueError, KeyError) as error:
+        kind = type(old).__name__ if old is not None else "JSON"
+        raise InputError(f'--set {setting}: expected {kind}, as 1, 64,64,64 or {{"a": 1}}: correct it') from error

@@ -2,7 +2,7 @@
 
 `run.json` says what is trained on what; `volumes/` holds the normalised cases (it may be deleted and is made again);
 `checkpoints/` the states (Orbax commits each by a rename); `log.jsonl` one line per log step and validation; `model/` the best
-model so far.
+model so far; `tensorboard/`, where asked for, the log again.
 """
 
 import json
@@ -13,6 +13,7 @@ from typing import Any
 
 from training.cases import Cases
 from training.config import Config
+from training.files import write_whole
 from xaiseg.errors import InputError
 from xaiseg.imaging import Case
 
@@ -41,25 +42,40 @@ def open_folder(out: Path, config: Config, cases: Cases) -> Path:
     return out
 
 
-def write_whole(file: Path, text: str) -> None:
-    """Write a file that is either the old or the new one, never a part."""
-    temporary = file.with_name(f".{file.name}")
-    temporary.write_text(text)
-    temporary.replace(file)
-
-
 class Log:
-    """`log.jsonl`, opened to go on after `step`: lines of later steps, which will come again, are removed."""
+    """`log.jsonl`, opened to go on after `step`: lines of later steps, which will come again, are removed. A context.
 
-    def __init__(self, file: Path, step: int) -> None:
-        self.file = file
+    tensorboard: write the same numbers into `tensorboard/` too.
+    """
+
+    def __init__(self, out: Path, step: int, tensorboard: bool = False) -> None:
+        self.file = file = out / "log.jsonl"
+        self._board = _board(out / "tensorboard", step) if tensorboard else None
         lines = file.read_text().splitlines() if file.is_file() else []
         kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
         write_whole(file, "".join(f"{line}\n" for line in kept))
 
-    def write(self, **entry: Any) -> None:
+    def write(self, step: int, **entry: float) -> None:
         with self.file.open("a") as file:
-            file.write(json.dumps(entry) + "\n")
+            file.write(json.dumps({"step": step, **entry}) + "\n")
+        if self._board is not None:
+            for name, value in entry.items():
+                self._board.add_scalar(name, value, step)
+
+    def __enter__(self) -> "Log":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self._board is not None:
+            self._board.close()
+
+
+def _board(folder: Path, step: int) -> Any:
+    try:
+        from tensorboardX import SummaryWriter
+    except ModuleNotFoundError as error:
+        raise InputError("--tensorboard: tensorboardX is not installed; pip install 'xaiseg[training]'") from error
+    return SummaryWriter(str(folder), purge_step=step + 1)
 
 
 def _files(case: Case) -> dict[str, list[Any]]:

@@ -1,13 +1,13 @@
 """Cases as arrays: normalised once, kept in the run's folder and memory-mapped, so a cohort may exceed the memory."""
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from training.config import Config
+from xaiseg.errors import InputError
 from xaiseg.imaging import Case, Grid, load_scan, zscore_nonzero
 from xaiseg.imaging.grid import reorient, reorientation
 from xaiseg.imaging.phantom import phantom
@@ -24,27 +24,32 @@ class Volume(NamedTuple):
     other: np.ndarray
 
 
-def volume_of_case(folder: Path, case: Case, config: Config) -> Volume:
-    """Raises InputError where a file of the case cannot be used."""
+def volume_of_case(folder: Path, case: Case, channels: Sequence[str], orientation: str) -> Volume:
+    """The images of a case, their axes as `orientation` says, and its mask. Raises InputError where a file cannot be used."""
 
     def load() -> tuple[np.ndarray, np.ndarray]:
-        scan = load_scan(case, config.channels, config.orientation)
+        scan = load_scan(case, channels, orientation)
         assert case.reference is not None
-        return scan.image, scan.labels(case.reference) > 0
+        labels = scan.labels(case.reference)
+        if labels.max() > 1:
+            raise InputError(
+                f"{case.reference}: holds the value {labels.max()}, expected a mask of 0 and 1: set every lesion voxel to 1"
+            )
+        return scan.image, labels > 0
 
-    return _cached(folder, case.name, load)
+    return cached(folder, case.name, load)
 
 
-def volume_of_phantom(folder: Path, seed: int, config: Config) -> Volume:
+def volume_of_phantom(folder: Path, seed: int, orientation: str) -> Volume:
     name = f"phantom-{seed}"
 
     def draw() -> tuple[np.ndarray, np.ndarray]:
         brain = phantom(seed)
         image = np.stack([zscore_nonzero(brain.flair, name), zscore_nonzero(brain.t1w, name)], axis=-1)
-        transform = reorientation(Grid(brain.lesions.shape, brain.affine), config.orientation)
+        transform = reorientation(Grid(brain.lesions.shape, brain.affine), orientation)
         return reorient(image, transform), reorient(brain.lesions > 0, transform)
 
-    return _cached(folder, name, draw)
+    return cached(folder, name, draw)
 
 
 def make_volume(name: str, image: np.ndarray, reference: np.ndarray) -> Volume:
@@ -53,7 +58,7 @@ def make_volume(name: str, image: np.ndarray, reference: np.ndarray) -> Volume:
     return Volume(name, image, reference, np.flatnonzero(reference).astype(np.int32), other.astype(np.int32))
 
 
-def _cached(folder: Path, name: str, make: Callable[[], tuple[np.ndarray, np.ndarray]]) -> Volume:
+def cached(folder: Path, name: str, make: Callable[[], tuple[np.ndarray, np.ndarray]]) -> Volume:
     """The volume stored under `folder/name`, made and stored first where it is not there yet.
 
     It is assembled beside its place and renamed, so that a run killed meanwhile leaves none that is half written.

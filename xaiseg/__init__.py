@@ -7,10 +7,12 @@ from xaiseg._types import Aggregator, Explainer, Info, Instance, LogitsFn, Salie
 from xaiseg._version import __version__
 from xaiseg.checkpoints import convert, load_model, save_model
 from xaiseg.cohort import Request, Settings, explain, load_scan, segment
+from xaiseg.cohort.evaluate import EvaluationRequest, evaluate
 from xaiseg.errors import InputError
 from xaiseg.imaging import Case, Scan, read_input
 from xaiseg.inference import StitchedPredictor, device_mesh
 from xaiseg.instances import instances_of, label_components, match_instances
+from xaiseg.metrics import EvaluationSettings, evaluate_case, summarise, surface_distances
 from xaiseg.models import DynUNet, Model, ModelSpec, PlainConvUNet, ResidualEncoderUNet, SwinUNETR, UNet
 from xaiseg.models.adapters import (
     check_logits_fn,
@@ -67,6 +69,8 @@ __all__ = [
     "Aggregator",
     "Case",
     "DynUNet",
+    "EvaluationRequest",
+    "EvaluationSettings",
     "Explainer",
     "Info",
     "InputError",
@@ -92,6 +96,8 @@ __all__ = [
     "completeness_gap",
     "convert",
     "device_mesh",
+    "evaluate",
+    "evaluate_case",
     "expected_gradients",
     "explain",
     "from_equinox",
@@ -132,6 +138,8 @@ __all__ = [
     "slicewise_tapped",
     "smooth_integrated_gradients",
     "smoothgrad",
+    "summarise",
+    "surface_distances",
     "tapped_from_linen",
     "times_input",
     "total",

@@ -86,6 +86,17 @@ def _explain(arguments: argparse.Namespace) -> int:
     return _status(explain(_model(arguments), _request(arguments), settings))
 
 
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from xaiseg.cohort.evaluate import EvaluationRequest, evaluate
+    from xaiseg.metrics import EvaluationSettings
+
+    def chosen(kind: Any) -> Any:
+        return kind(**{f.name: getattr(arguments, f.name) for f in dataclasses.fields(kind)})
+
+    evaluate(chosen(EvaluationRequest), chosen(EvaluationSettings))
+    return 0
+
+
 def _demo(arguments: argparse.Namespace) -> int:
     from xaiseg.demo import run_demo
 
@@ -284,6 +295,67 @@ def _parser() -> argparse.ArgumentParser:
     )
     explain.add_argument("--dry-run", action="store_true", help="segment and print the plan; write nothing")
 
+    evaluate = _command(commands, "evaluate", _evaluate, "compare segmentations with reference masks")
+    evaluate.add_argument(
+        "input", type=Path, metavar="INPUT", help="a BIDS folder, or a manifest TSV (case, reference, prediction, …)"
+    )
+    evaluate.add_argument("output", type=Path, metavar="OUT", help="folder to write")
+    evaluate.add_argument(
+        "--predictions",
+        type=Path,
+        metavar="DIR",
+        help="output of `xaiseg segment` (the manifest's column 'prediction')",
+    )
+    evaluate.add_argument("--cases", type=_names, default=(), metavar="A,B", help="only these cases")
+    evaluate.add_argument(
+        "--threshold",
+        type=_probability,
+        help="on probability maps (the masks as segmented; 0.5 for maps in the manifest)",
+    )
+    evaluate.add_argument(
+        "--min-voxels", type=_whole, default=1, help="smaller predicted lesions are removed (%(default)s)"
+    )
+    evaluate.add_argument("--connectivity", type=int, choices=(6, 18, 26), default=18, help="of lesions (%(default)s)")
+    evaluate.add_argument(
+        "--rule",
+        default="overlap",
+        metavar="NAME",
+        help="by which lesions match: overlap (a shared voxel) or iou (%(default)s)",
+    )
+    evaluate.add_argument("--iou", type=_portion, default=0.25, help="that the rule iou asks for (%(default)s)")
+    evaluate.add_argument("--r", type=_probability, default=0.001, help="lesion load of nDSC (%(default)s)")
+    evaluate.add_argument(
+        "--brain",
+        action="store_true",
+        help="V of nDSC and specificity: voxels where any image is not 0 (all voxels of the array)",
+    )
+    evaluate.add_argument(
+        "--channels",
+        type=_names,
+        default=("FLAIR", "T1w"),
+        metavar="A,B",
+        help="images by which a BIDS folder's cases are found, and the images of --brain (FLAIR,T1w)",
+    )
+    evaluate.add_argument(
+        "--tune",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME=VALUES",
+        help="try all combinations and use the best: threshold=0.1:0.9:0.05 min-voxels=0,3,5,10 (after INPUT OUT)",
+    )
+    evaluate.add_argument(
+        "--tune-for",
+        choices=("ndsc", "dice", "f1"),
+        default="ndsc",
+        help="the mean over scans that is to be largest (%(default)s)",
+    )
+    evaluate.add_argument(
+        "--bootstrap", type=_positive, default=2000, help="resamples of patients for intervals (%(default)s)"
+    )
+    evaluate.add_argument("--seed", type=_seed, default=0, help="of the bootstrap (%(default)s)")
+    _overwrite(evaluate)
+
     demo = _command(commands, "demo", _demo, "the built-in example: segment and explain unseen phantoms")
     demo.add_argument("--out", type=Path, default=Path("xaiseg-demo"), help="folder to write (%(default)s)")
     demo.add_argument("--cases", type=_positive, default=2, help="phantoms (%(default)s)")
@@ -336,6 +408,7 @@ _whole = _checked(int, lambda n: n >= 0, "an integer not below 0")
 _not_negative = _checked(float, lambda x: 0 <= x < float("inf"), "a number not below 0")
 _fraction = _checked(float, lambda x: 0 <= x < 1, "a number from 0 to below 1")
 _probability = _checked(float, lambda x: 0 < x < 1, "a number between 0 and 1")
+_portion = _checked(float, lambda x: 0 < x <= 1, "a number above 0, up to 1")
 _names = _checked(lambda t: tuple(p.strip() for p in t.split(",")), all, "names separated by commas")
 _numbers = _checked(
     lambda t: tuple(int(p) for p in t.split(",")), lambda v: all(n > 0 for n in v), "labels separated by commas"

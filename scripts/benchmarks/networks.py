@@ -40,6 +40,19 @@ def torch_network(name: str) -> Any:
     return net.eval().requires_grad_(False).to("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def trainable_network(name: str) -> Any:
+    """In training mode, with PyTorch's first weights and without dropout, which would draw other numbers than JAX."""
+    import torch
+
+    torch.manual_seed(0)
+    torch.set_num_threads(threads())
+    net = _papers_network(name)
+    for module in net.modules():
+        if isinstance(module, torch.nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+    return net.train().to("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def _papers_network(name: str) -> Any:
     from monai.networks import nets
 

@@ -51,7 +51,12 @@ def image(shape=(1, *WINDOW, 2), seed=5):
 
 
 @pytest.mark.parametrize(
-    ("members", "mirror_axes"), [((), (0, 2)), (("fold_0", "fold_3"), ()), (("fold_0", "fold_1", "fold_2"), (0, 1, 2))]
+    ("members", "mirror_axes"),
+    [
+        ((), (0, 2)),
+        (("fold_0", "fold_3"), ()),
+        pytest.param(("fold_0", "fold_1", "fold_2"), (0, 1, 2), marks=pytest.mark.slow),
+    ],
 )
 def test_logits_are_the_mean_of_all_passes(members, mirror_axes):
     model, x = ensemble(members, mirror_axes), image()
@@ -62,6 +67,7 @@ def test_logits_are_the_mean_of_all_passes(members, mirror_axes):
     np.testing.assert_allclose(model.tapped_fn(x, {})[0], expected, **CLOSE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("members", "mirror_axes"), [((), (1,)), (("a", "b"), (0, 2))])
 def test_a_loop_over_the_passes_gives_the_same(members, mirror_axes):
     """As accelerators run them; logits, taps, and the gradient with respect to offsets and image."""
@@ -97,6 +103,7 @@ def test_gradients_flow_through_members_and_mirrors():
     assert abs(float((gradient * direction).sum()) - slope) < 1e-2 * abs(slope)
 
 
+@pytest.mark.slow
 def test_rows_of_an_ensemble_are_those_of_its_mean_logits():
     model = ensemble(("a", "b"), (0, 2))
     predictor = StitchedPredictor.of(model)
@@ -136,6 +143,7 @@ def test_a_tap_holds_the_features_of_all_passes_mirrored_back():
     assert np.abs(np.asarray(moved - logits)).max() > 1e-2
 
 
+@pytest.mark.slow
 def test_class_activation_maps_of_an_ensemble_use_all_features():
     model = ensemble(("a", "b"), (1,))
     predictor = StitchedPredictor.of(model)

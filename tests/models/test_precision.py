@@ -288,7 +288,7 @@ def distance(a, b):
 
 
 @pytest.mark.parametrize("name", ROUNDED)
-@pytest.mark.parametrize("of", NETWORKS)
+@pytest.mark.parametrize("of", ["unet", "dynunet", pytest.param("swin_unetr", marks=pytest.mark.slow)])
 def test_networks_stay_close_to_float32(of, name):
     exact, found = logits_and_gradient(of, "float32"), logits_and_gradient(of, name)
     for a, b, bound in zip(found, exact, BOUNDS[name], strict=True):
@@ -396,6 +396,7 @@ def test_every_product_on_an_accelerator_is_the_hardwares_own(monkeypatch, name,
     assert "round_to_tf32" not in str(jaxpr)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ROUNDED)
 def test_recomputed_blocks_are_rounded_alike(name):
     found, expected = (

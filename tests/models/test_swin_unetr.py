@@ -56,7 +56,9 @@ def logits_and_gradient(network, variables, x, cotangent, dtype):
     return [np.asarray(a[0]) for a in both(variables, x, cotangent)]
 
 
-@pytest.mark.parametrize("name", SOLID)
+@pytest.mark.parametrize(
+    "name", ["swin_merging", *(pytest.param(f"swin_{m}", marks=pytest.mark.slow) for m in ("mergingv2", "legacy"))]
+)
 def test_logits_and_gradients_are_monais(name):
     network, variables, x, cotangent, stored = solid(name)
     # at the bottom instance norm sees two voxels, whose derivative float32 cannot give: double precision shows the formula
@@ -113,12 +115,14 @@ def flat():
         return run(False), run(True), reading.variables, stored
 
 
+@pytest.mark.slow
 def test_logits_and_gradients_in_two_dimensions_are_monais(flat):
     ((y, _, gradient, _), _, _), _, _, stored = flat
     for found, expected in ((y, stored["y"]), (gradient, stored["gradient"])):
         np.testing.assert_allclose(found[0], expected, rtol=2e-7, atol=2e-7 * np.abs(expected).max())
 
 
+@pytest.mark.slow
 def test_recomputation_changes_no_number(flat):
     (plain, _, _), (remat, _, _), *_ = flat
     for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(remat), strict=True):
@@ -126,6 +130,7 @@ def test_recomputation_changes_no_number(flat):
         np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9 * np.abs(a).max())
 
 
+@pytest.mark.slow
 def test_recomputation_changes_neither_taps_nor_parameters(flat):
     (plain, order, initial), (_, remat_order, remat_initial), variables, _ = flat
     assert remat_order == order

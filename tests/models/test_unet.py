@@ -221,7 +221,10 @@ TILED = {
 }
 
 
-@pytest.mark.parametrize(("options", "grid"), TILED.values(), ids=TILED.keys())
+@pytest.mark.parametrize(
+    ("options", "grid"),
+    [pytest.param(*c, marks=[] if n.startswith("the paper") else pytest.mark.slow, id=n) for n, c in TILED.items()],
+)
 def test_a_tile_is_that_part_of_the_logits_and_of_their_gradient(options, grid):
     """At every place, the borders of the grid included; what the field holds beyond the grid is not looked at."""
     network = UNet(**options, norm="none")

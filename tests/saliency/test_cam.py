@@ -377,10 +377,15 @@ def soft(logits):
     return jnp.sin(logits[..., 1]) * logits[..., 2] + 2 * logits[..., 1]
 
 
+ALWAYS = {("coarse", "logit"), ("fine", "probability"), ("logits", "logit")}  # one program each to compile
+OTHERS = [(layer, target) for layer in TAPS for target in ("logit", "probability", "log_odds", Target(function=soft))]
+
+
 @pytest.mark.parametrize(
-    "target", ["logit", "probability", "log_odds", Target(function=soft)], ids=lambda t: getattr(t, "name", t)
+    ("layer", "target"),
+    [pytest.param(*c, marks=[] if c in ALWAYS else pytest.mark.slow) for c in OTHERS],
+    ids=lambda t: getattr(t, "name", t),
 )
-@pytest.mark.parametrize("layer", TAPS)
 def test_maps_of_several_windows_are_those_of_the_whole_score(layer, target, float64):
     predictor = small()
     whole = Stitched(predictor, layer, target)
@@ -417,8 +422,8 @@ def exact_by_differences(whole, form, h, exact=None):
         ("coarse", "logit", "exp", "paper"),
         ("coarse", "probability", "exp", "monai"),
         ("fine", "logit", softplus, "pooled"),
-        ("coarse", "probability", jax.nn.softplus, "paper"),
-        ("coarse", "logit", lambda s: s, "authors"),
+        pytest.param("coarse", "probability", jax.nn.softplus, "paper", marks=pytest.mark.slow),
+        pytest.param("coarse", "logit", lambda s: s, "authors", marks=pytest.mark.slow),
     ],
 )
 def test_exact_derivatives_are_those_of_the_whole_score(layer, target, transform, form, float64):

@@ -52,6 +52,7 @@ def test_the_guide_knows_every_explainer(name):
     assert f"`{name}" in (PAGES / "README.md").read_text() or f"xaiseg.{name}(" in (PAGES / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_the_guide_runs():
     """One after the other, as a reader would."""
     names: dict = {}

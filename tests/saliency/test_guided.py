@@ -456,7 +456,11 @@ def windows(*window):
     return jax.random.normal(jax.random.key(2), (1, *window, 2))
 
 
-@pytest.mark.parametrize("network", [UNET, FLAT_UNET, DYNUNET], ids=["unet", "unet, residual, 2-D", "dynunet"])
+@pytest.mark.parametrize(
+    "network",
+    [DYNUNET, *(pytest.param(other, marks=pytest.mark.slow) for other in (UNET, FLAT_UNET))],
+    ids=["dynunet", "unet", "unet, residual, 2-D"],
+)
 def test_the_projects_networks_are_guided(monkeypatch, network):
     function, x = model_of(*network).logits_fn, windows(*network[-1])
     found = gradient_of(guided(function), x)

@@ -6,18 +6,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from training.augment import Augmentation
 from training.config import Config, check
 from xaiseg.imaging import write
 
 TINY = check(
     Config(
-        features=(4, 8),
-        strides=(2,),
+        options={"channels": [4, 8], "strides": [2], "norm": "batch"},
         window=(16, 16, 16),
         patch=(8, 8, 8),
         batch=2,
+        augmentation=Augmentation(flips=(0.5, 0.5, 0.5), shift=0.5),
         steps=4,
         dice_r=0.1,  # a lesion fills a tenth of these small patches, not a thousandth
+        optimiser="adamw",
         learning_rate=1e-2,
         schedule="cosine",
         weight_decay=1e-2,

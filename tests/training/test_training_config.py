@@ -1,20 +1,37 @@
+import importlib
 from dataclasses import replace
 
 import pytest
 
-from training.config import Config, check, load_config
+from training.augment import PAPER
+from training.config import Config, check, known_configs, load_config
 from xaiseg.errors import InputError
 
 
-@pytest.mark.parametrize("name", ["unet", "unet_cpu", "example"])
-def test_every_config_is_valid(name: str) -> None:
-    assert check(load_config(name)).spec(0.5).architecture == "unet"
+@pytest.mark.parametrize("name", known_configs())
+def test_every_config_is_valid_and_says_what_it_was_measured_to_give(name: str) -> None:
+    config = check(load_config(name))
+    assert config.spec(0.5).architecture == config.architecture
+    text = importlib.import_module(f"training.configs.{name}").__doc__ or ""
+    assert "easured" in text or "not trained here" in text
 
 
 def test_the_paper_s_network() -> None:
     config = load_config("unet")
-    assert (config.features, config.patch, config.batch) == ((32, 64, 128, 256, 512), (96, 96, 96), 4)
-    assert (config.learning_rate, config.dice_weight, config.focal_weight) == (1e-5, 0.5, 1.0)
+    assert (config.options["channels"], config.patch, config.batch) == ([32, 64, 128, 256, 512], (96, 96, 96), 4)
+    assert (config.optimiser, config.learning_rate) == ("adam", 1e-5)
+    assert (config.loss, config.augmentation) == ({"normalised_dice": 0.5, "focal": 1.0}, PAPER)
+
+
+def test_parts_of_a_field() -> None:
+    config = load_config(
+        "unet",
+        ["augmentation.affine=0", "augmentation.flips=1,0,1", "loss.blob=2", "options.norm=instance", "forced=true"],
+    )
+    assert (config.augmentation.affine, config.augmentation.flips) == (0.0, (1, 0, 1))
+    assert config.loss == {"normalised_dice": 0.5, "focal": 1.0, "blob": 2.0}
+    assert (config.options["norm"], config.options["strides"], config.forced) == ("instance", [2, 2, 2, 2], True)
+    assert load_config("unet", ['options={"channels": [4, 8], "strides": [2]}']).options["strides"] == [2]
 
 
 def test_settings_take_the_type_of_their_field() -> None:
@@ -29,18 +46,35 @@ def test_settings_take_the_type_of_their_field() -> None:
 @pytest.mark.parametrize(
     ("name", "setting", "message"),
     [
-        ("nothing", "batch=1", "--config nothing: unknown; known are example"),
-        ("unet", "colour=red", "--set colour=red: expected FIELD=VALUE with a field among channels"),
+        ("nothing", "batch=1", "--config nothing: unknown; known are dynunet, example"),
+        ("unet", "colour=red", "--set colour=red: expected FIELD=VALUE with a field among architecture"),
         ("unet", "batch", "--set batch: expected FIELD=VALUE"),
-        ("unet", "batch=many", "--set batch=many: expected <class 'int'>"),
+        ("unet", "batch=many", "--set batch=many: expected int"),
+        ("unet", "forced=perhaps", "--set forced=perhaps: expected bool"),
+        ("unet", "augmentation.colour=1", "--set augmentation.colour=1: augmentation has no part colour"),
+        ("unet", "batch.size=1", "--set batch.size=1: batch has no part size"),
+        ("unet", "options=[", "--set options=[: expected dict"),
+        (
+            "unet",
+            "loss.hinge=1",
+            "config: loss is {'normalised_dice': 0.5, 'focal': 1.0, 'hinge': 1}, expected weights of",
+        ),
+        ("unet", "loss.focal=-1", "config: loss is"),
+        ("unet", "optimiser=lion", "config: optimiser is 'lion', expected one of adam"),
+        ("unet", "precision=half", "config: precision is 'half', expected one of float32"),
+        ("unet", "warmup=100000", "config: warmup is 100000, expected fewer than the updates"),
         ("unet", "batch=0", "config: batch is 0, expected 1 or more"),
-        ("unet", "flips=2", "config: flips is 2.0, expected a number from 0 to 1"),
+        ("unet", "augmentation.affine=2", "augmentation.affine: 2.0; expected a number from 0 to 1"),
         ("unet", "learning_rate=nan", "config: learning_rate is nan, expected a positive number"),
         ("unet", "schedule=linear", "config: schedule is 'linear', expected one of constant"),
         ("unet", "patch=96,96", "config: patch is (96, 96), expected three positive"),
         ("unet", "patch=40,40,40", "config: patch is (40, 40, 40): a grid of (40, 40, 40) does not fit"),
         ("unet", "window=40,40,40", "training config: not a network that can be built"),
-        ("unet", "patch=96,96,64", "config: quarter_turns is 0.5, expected 0 unless the patch is a cube"),
+        (
+            "unet",
+            "patch=96,96,64",
+            "augmentation.quarter_turns: (0.5, 0.5, 0.5) for patches of (96, 96, 64) voxels; expected equal",
+        ),
         ("unet", "thresholds=0.5,1.5", "training config: threshold is 1.5"),
         ("unet", "thresholds=()", "config: thresholds is (), expected at least one"),
         ("unet", "orientation=up", "training config: orientation is 'up'"),
@@ -68,4 +102,4 @@ def test_a_spec_carries_what_the_model_needs() -> None:
 
 
 def test_defaults_are_a_config_of_their_own() -> None:
-    assert check(Config()) == Config()
+    assert check(Config()) == Config() == load_config("unet")

@@ -17,8 +17,10 @@ from training.__main__ import main
 from training.cases import Cases, read_cases
 from training.config import Config
 from training.folder import Log, open_folder
+from training.validate import Score
 from xaiseg.checkpoints import load_model, model_hash
 from xaiseg.errors import InputError
+from xaiseg.imaging import write
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -51,21 +53,17 @@ def test_the_loss_falls_and_the_lesion_is_found(tiny: Config, cases: Cases, tmp_
     assert (spec.threshold, spec.source, spec.notes["step"]) == (best["threshold"], "the command", best["step"])
 
 
-def test_resumed_is_uninterrupted(tiny: Config, cases: Cases, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resumed_is_uninterrupted(tiny: Config, cases: Cases, tmp_path: Path) -> None:
     """Stopped at step 3, one step after a checkpoint: the parameters, statistics and log end the same, bit for bit."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     loop.train(tiny, cases, whole, say=silent)
 
-    def stop_at_step_three(config, volumes, step):
-        if step == 3:
+    def fail_after_step_three(line: str) -> None:
+        if line.startswith("step 3/"):
             raise KeyboardInterrupt
-        return sample(config, volumes, step)
 
-    sample = loop.sample
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "sample", stop_at_step_three)
-        with pytest.raises(KeyboardInterrupt):
-            loop.train(tiny, cases, parts, say=silent)
+    with pytest.raises(KeyboardInterrupt):
+        loop.train(tiny, cases, parts, say=fail_after_step_three)
     assert entries(parts)[-1]["step"] == 3
     told: list[str] = []
     loop.train(tiny, cases, parts, say=told.append)
@@ -74,7 +72,8 @@ def test_resumed_is_uninterrupted(tiny: Config, cases: Cases, tmp_path: Path, mo
         np.testing.assert_array_equal(a, b)
     assert model_hash(load_model(whole / "model")) == model_hash(load_model(parts / "model"))
     logs = [
-        [{k: v for k, v in entry.items() if k != "seconds_per_step"} for entry in entries(f)] for f in (whole, parts)
+        [{k: v for k, v in entry.items() if k not in ("seconds_per_step", "idle")} for entry in entries(f)]
+        for f in (whole, parts)
     ]
     assert logs[0] == logs[1]
 
@@ -83,8 +82,120 @@ def test_resumed_is_uninterrupted(tiny: Config, cases: Cases, tmp_path: Path, mo
     assert (whole / "model" / "model.json").stat().st_mtime_ns == written
 
 
+def test_asked_to_stop_it_saves_and_goes_on(tiny: Config, cases: Cases, tmp_path: Path) -> None:
+    config = replace(tiny, checkpoint_every=100, validate_every=100)
+    loop.train(config, cases, tmp_path / "whole", say=silent)
+    steps = iter([False, True])
+    with pytest.raises(loop.Stopped, match="stopped after step 2"):
+        loop.train(config, cases, tmp_path / "parts", say=silent, stop=lambda: next(steps))
+    told: list[str] = []
+    loop.train(config, cases, tmp_path / "parts", say=told.append)
+    assert "resuming after step 2" in told
+    for a, b in zip(*(final_state(tmp_path / name) for name in ("whole", "parts")), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_no_better_for_some_validations_it_stops(
+    tiny: Config, cases: Cases, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = iter([0.3, 0.5, 0.5, 0.4, 0.9])
+    monkeypatch.setattr(loop, "validate", lambda *_: [Score(0.4, next(scores), 0.1, 0.1, 0.1)])
+    config = replace(tiny, steps=12, validate_every=1, patience=2)
+    loop.train(config, cases, tmp_path / "run", say=silent)
+    assert [entry["ndsc"] for entry in entries(tmp_path / "run") if "ndsc" in entry] == [0.3, 0.5, 0.5, 0.4]
+    spec = load_model(tmp_path / "run" / "model").spec
+    assert (spec.notes["step"], spec.threshold) == (2, 0.4)
+    with loop.ocp.CheckpointManager(tmp_path / "run" / "checkpoints" / "best") as manager:
+        assert manager.all_steps() == [2]
+    loop.train(config, cases, tmp_path / "run", say=silent)  # and stays stopped: there is no fifth score
+
+
+def test_a_checkpoint_that_cannot_be_written(
+    tiny: Config, cases: Cases, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a full disk: one error, and the run goes on from the checkpoint before."""
+    save, saved = loop.ocp.CheckpointManager.save, []
+
+    def full(manager, step, **options):
+        if step == 4:
+            raise OSError(28, "No space left on device")
+        saved.append(step)
+        return save(manager, step, **options)
+
+    config = replace(tiny, validate_every=100)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.ocp.CheckpointManager, "save", full)
+        with pytest.raises(
+            InputError, match=r"checkpoints: a checkpoint could not be written .*No space left.* make room"
+        ):
+            loop.train(config, Cases(cases.training, []), tmp_path / "run", say=silent)
+    assert saved == [2]
+    told: list[str] = []
+    loop.train(config, Cases(cases.training, []), tmp_path / "run", say=told.append)
+    assert "resuming after step 2" in told
+
+
+def test_a_checkpoint_that_cannot_be_read(tiny: Config, cases: Cases, tmp_path: Path) -> None:
+    loop.train(tiny, Cases(cases.training, []), tmp_path / "run", say=silent)
+    newest = tmp_path / "run" / "checkpoints" / "last" / "4"
+    for file in newest.rglob("*"):
+        if file.is_file() and "default" in file.parts:
+            file.write_bytes(b"")
+    with pytest.raises(InputError, match=r"last/4: cannot be read as a state of this config .*; delete it to go on"):
+        loop.train(tiny, Cases(cases.training, []), tmp_path / "run", say=silent)
+
+
+def test_the_average_is_what_is_exported(tiny: Config, cases: Cases, tmp_path: Path) -> None:
+    config = replace(tiny, average=0.5)
+    model = load_model(loop.train(config, Cases(cases.training, []), tmp_path / "run", say=silent))
+    with loop.ocp.CheckpointManager(tmp_path / "run" / "checkpoints" / "last") as manager:
+        params, _, _, average, *_ = manager.restore(4, args=loop.ocp.args.StandardRestore())
+    exported = model.variables["params"]["encoder0_conv"]["kernel"]
+    np.testing.assert_array_equal(exported, average["encoder0_conv"]["kernel"])
+    assert np.abs(exported - params["encoder0_conv"]["kernel"]).max() > 0
+
+
+def test_folds_are_written_and_read(bids, tiny: Config, tmp_path: Path) -> None:
+    folder, add = bids
+    for name in ("sub-01_ses-1", "sub-01_ses-2", "sub-02", "sub-03"):
+        add(name)
+    cases = read_cases([folder], [], tiny.channels, folds=3, fold=1)
+    loop.train(replace(tiny, steps=1), cases, tmp_path / "run", say=silent)
+    again = read_cases([folder], [], tiny.channels, splits=tmp_path / "run" / "splits.tsv", fold=1)
+    assert (again.training, again.validation) == (cases.training, cases.validation)
+    assert {case.subject for case in cases.training}.isdisjoint(case.subject for case in cases.validation)
+    with pytest.raises(InputError, match="--fold 3: expected one of 0 to 2"):
+        read_cases([folder], [], tiny.channels, folds=3, fold=3)
+    add("sub-04")
+    with pytest.raises(InputError, match=r"--splits .*: case 'sub-04' is in no fold"):
+        read_cases([folder], [], tiny.channels, splits=tmp_path / "run" / "splits.tsv")
+
+
+def test_a_patch_larger_than_a_volume(tiny: Config, cases: Cases, tmp_path: Path) -> None:
+    config = replace(tiny, patch=(16, 16, 16))
+    with pytest.raises(InputError, match=r"sub-01: \(18, 16, 14\) voxels, fewer than the patch of \(16, 16, 16\)"):
+        loop.train(config, cases, tmp_path / "run", say=silent)
+
+
+def test_a_mask_with_other_values(tiny: Config, bids, tmp_path: Path) -> None:
+    folder, add = bids
+    add("sub-01")
+    mask = folder / "derivatives/manual/sub-01/anat/sub-01_label-L_mask.nii.gz"
+    for values, message in ((3, "holds the value 3, expected a mask of 0 and 1"), (0.4, "0.4")):
+        write(mask, np.full((18, 16, 14), values, np.float32), np.eye(4))
+        cases = read_cases([folder], [], tiny.channels)
+        with pytest.raises(InputError, match=message):
+            loop.train(tiny, cases, tmp_path / f"run-{values}", say=silent)
+
+
+def test_tensorboard_has_the_log(tiny: Config, cases: Cases, tmp_path: Path) -> None:
+    loop.train(tiny, Cases(cases.training, []), tmp_path / "run", say=silent, tensorboard=True)
+    (events,) = (tmp_path / "run" / "tensorboard").iterdir()
+    assert b"learning_rate" in events.read_bytes()
+
+
 def final_state(folder: Path) -> list[np.ndarray]:
-    with loop.ocp.CheckpointManager(folder / "checkpoints") as manager:
+    with loop.ocp.CheckpointManager(folder / "checkpoints" / "last") as manager:
         return jax.tree.leaves(manager.restore(4, args=loop.ocp.args.StandardRestore()))
 
 
@@ -149,7 +260,8 @@ def test_a_diverging_run_stops_before_it_is_saved(tiny: Config, cases: Cases, tm
 def test_the_log_forgets_what_comes_again(tmp_path: Path) -> None:
     file = tmp_path / "log.jsonl"
     file.write_text('{"step": 1, "loss": 3}\n{"step": 2, "loss": 2}\n{"step": 3, "lo')
-    Log(file, 1).write(step=2, loss=5)
+    with Log(tmp_path, 1) as log:
+        log.write(2, loss=5)
     assert [json.loads(line) for line in file.read_text().splitlines()] == [
         {"step": 1, "loss": 3},
         {"step": 2, "loss": 5},
@@ -165,9 +277,7 @@ def test_command(bids, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
         "--steps",
         "1",
         "--set",
-        "features=4,8",
-        "--set",
-        "strides=2",
+        'options={"channels": [4, 8], "strides": [2]}',
         "--set",
         "patch=8,8,8",
         "--set",
@@ -177,7 +287,7 @@ def test_command(bids, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert f"model folder: {tmp_path}/run/model" in capsys.readouterr().out
     source = load_model(tmp_path / "run" / "model").spec.source
     assert source.startswith(
-        f"python -m training --config unet_cpu --data {folder} --validation sub-02 --set features=4,8"
+        f"python -m training --config unet_cpu --data {folder} --validation sub-02 --set 'options="
     )
     assert source.endswith("--set steps=1")
     assert main(["--config", "unet_cpu", "--out", str(tmp_path / "x")]) == 1
@@ -193,7 +303,8 @@ def test_killed_at_any_moment_it_goes_on(bids, tmp_path: Path) -> None:
     for name in ("sub-01", "sub-02"):
         add(name)
     settings = (
-        "features=4,8 strides=2 patch=8,8,8 window=16,16,16 validate_every=10 checkpoint_every=3 log_every=1 steps=60"
+        'options={"channels":[4,8],"strides":[2]} patch=8,8,8 window=16,16,16 validate_every=10 checkpoint_every=3 '
+        "log_every=1 steps=60 average=0.9"
     )
     command = [
         sys.executable,

@@ -1,4 +1,3 @@
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +17,7 @@ def test_a_phantom_s_lesions_are_the_reference_and_look_alikes_are_not(
 ) -> None:
     small = partial(phantom, shape=(36, 44, 36), spacing=4.0)
     monkeypatch.setattr(volumes, "phantom", small)
-    volume = volume_of_phantom(tmp_path, 1000, tiny)
+    volume = volume_of_phantom(tmp_path, 1000, tiny.orientation)
     brain = small(1000)
     np.testing.assert_array_equal(volume.reference, brain.lesions > 0)
     inside = brain.t1w != 0
@@ -26,7 +25,7 @@ def test_a_phantom_s_lesions_are_the_reference_and_look_alikes_are_not(
     values = brain.t1w[inside].astype(float)
     np.testing.assert_allclose(volume.image[..., 1][inside], (values - values.mean()) / values.std(), atol=1e-5)
     (tmp_path / "las").mkdir()
-    flipped = volume_of_phantom(tmp_path / "las", 1000, replace(tiny, orientation="LAS"))
+    flipped = volume_of_phantom(tmp_path / "las", 1000, "LAS")
     np.testing.assert_array_equal(flipped.image, volume.image[::-1])
     np.testing.assert_array_equal(flipped.reference, volume.reference[::-1])
 
@@ -37,13 +36,13 @@ def test_a_case_is_read_once_in_model_orientation(
     folder, add = bids
     add("sub-01")
     (case,) = read_cases([folder], [], tiny.channels).training
-    first = volume_of_case(tmp_path, case, replace(tiny, orientation="LAS"))
+    first = volume_of_case(tmp_path, case, tiny.channels, "LAS")
     assert case.reference is not None
     scan = load_scan(case, tiny.channels)
     np.testing.assert_array_equal(first.image, scan.image[::-1])
     np.testing.assert_array_equal(first.reference, scan.labels(case.reference)[::-1] > 0)
     monkeypatch.setattr(volumes, "load_scan", None)
-    again = volume_of_case(tmp_path, case, replace(tiny, orientation="LAS"))
+    again = volume_of_case(tmp_path, case, tiny.channels, "LAS")
     assert isinstance(again.image, np.memmap)
     np.testing.assert_array_equal(again.image, first.image)
 

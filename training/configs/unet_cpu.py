@@ -5,15 +5,16 @@ sub-19, mslesseg sub-14 and sub-18), killed at step 320 and resumed: loss 0.61 t
 53 % of the lesions found, 83 % of the predicted ones false, half of those three voxels or fewer (threshold 0.4, chosen on it).
 """
 
+from training.augment import Augmentation
 from training.config import Config
 
 CONFIG = Config(
-    features=(16, 32, 64, 128),
-    strides=(2, 2, 2),
+    options={"channels": [16, 32, 64, 128], "strides": [2, 2, 2], "norm": "batch"},
     window=(96, 96, 96),
     patch=(64, 64, 64),
-    affine=0.0,
+    augmentation=Augmentation(flips=(0.5, 0.5, 0.5), quarter_turns=(0.5, 0.5, 0.5), shift=0.5, scale=0.5),
     steps=4000,
+    optimiser="adamw",
     learning_rate=1e-3,
     schedule="polynomial",
     weight_decay=1e-2,

@@ -1,5 +1,34 @@
 """Measures of agreement."""
 
+from xaiseg.metrics.bootstrap import Interval, bootstrap_interval, resample_weights, sum_by_patient
+from xaiseg.metrics.evaluation import CaseEvaluation, EvaluationSettings, evaluate_case, summarise
+from xaiseg.metrics.lesions import lesion_measures, lesion_rates, lesion_rows
 from xaiseg.metrics.segmentation import dice, normalised_dice
+from xaiseg.metrics.surface import SurfaceDistances, surface_distances
+from xaiseg.metrics.tuning import TuningGrid, choose, parse_tuning, tune_case
+from xaiseg.metrics.voxels import VoxelCounts, count_voxels, voxel_measures
 
-__all__ = ["dice", "normalised_dice"]
+__all__ = [
+    "CaseEvaluation",
+    "EvaluationSettings",
+    "Interval",
+    "SurfaceDistances",
+    "TuningGrid",
+    "VoxelCounts",
+    "bootstrap_interval",
+    "choose",
+    "count_voxels",
+    "dice",
+    "evaluate_case",
+    "lesion_measures",
+    "lesion_rates",
+    "lesion_rows",
+    "normalised_dice",
+    "parse_tuning",
+    "resample_weights",
+    "sum_by_patient",
+    "summarise",
+    "surface_distances",
+    "tune_case",
+    "voxel_measures",
+]
