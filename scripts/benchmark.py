@@ -4,6 +4,7 @@
     python scripts/benchmark.py                  forward pass and Jacobian rows of one 96³ window
     python scripts/benchmark.py --layers         lowerings of each layer (minutes: native is slow on CPU)
     python scripts/benchmark.py --published      whole lesions in a whole volume, beside the published algorithm
+    python scripts/benchmark.py --training       a step of training: time and peak memory
     python scripts/benchmark.py --throughput     rows a second, what that is of the hardware, a real scan; needs no PyTorch
 
 Both sides get the same weights, input and number of threads, or the same GPU in float32, and take turns, so that a busy moment hits
@@ -33,7 +34,7 @@ def parse() -> argparse.Namespace:
     add("--network", nargs="+", choices=NETWORKS, default=NETWORKS)
     add("--repeats", type=int, default=7, help="of a measurement, of which the median is printed")
     mode = parser.add_mutually_exclusive_group()
-    for name in ("layers", "published", "throughput"):
+    for name in ("layers", "published", "throughput", "training"):
         mode.add_argument(f"--{name}", action="store_true")
     group = parser.add_argument_group("with --published and --throughput")
     group.add_argument("--shape", type=int, nargs=3, default=(182, 218, 182), help="of the volume")
@@ -49,6 +50,10 @@ def parse() -> argparse.Namespace:
     group.add_argument("--many", type=int, help="lesions explained at once for their memory, 0 for none")
     group.add_argument("--no-peaks", action="store_true", help="measure no memory")
     group.add_argument("--shared", type=Path, default=ROOT.parent / "shared", help="folder with a real scan and model")
+    group = parser.add_argument_group("with --training")
+    group.add_argument("--patch", type=int, default=64, help="side of the patches")
+    group.add_argument("--batch", type=int, default=2, help="patches of a step")
+    parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     mode.add_argument("--memory", help=argparse.SUPPRESS)
     mode.add_argument("--peak", nargs=3, help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -64,6 +69,8 @@ def main(arguments: argparse.Namespace) -> None:
 
         say_machine(with_torch=False)
         throughput(arguments.network, tuple(arguments.window), arguments.shared, arguments.repeats)
+    elif arguments.training:
+        training(arguments)
     elif arguments.published or arguments.peak:
         lesions(arguments)
     elif arguments.memory:
@@ -88,6 +95,17 @@ def windows(arguments: argparse.Namespace) -> None:
             flags = {**os.environ, "XLA_FLAGS": os.environ.get("XLA_FLAGS", "") + sequential}
             done = subprocess.run(command, capture_output=True, text=True, check=True, env=flags)
             print(f"peak memory beyond imports and weights, {name}: {done.stdout.split()[-1]} MiB", flush=True)
+
+
+def training(arguments: argparse.Namespace) -> None:
+    from scripts.benchmarks.training import compare, print_peak
+
+    if arguments.peak_of:
+        print_peak(arguments.network[0], arguments.patch, arguments.batch, arguments.peak_of)
+        return
+    say_machine()
+    for network in arguments.network:
+        compare(network, arguments.patch, arguments.batch, arguments.repeats)
 
 
 def lesions(arguments: argparse.Namespace) -> None:

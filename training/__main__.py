@@ -12,7 +12,7 @@ from typing import Any
 
 from training.cases import Cases, read_cases
 from training.config import Config, known_configs, load_config
-from training.loop import Stopped, train
+from training.files import Stopped
 from xaiseg.errors import InputError
 
 
@@ -21,30 +21,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
     settings = list(args.set)
     settings += [f"{name}={getattr(args, name)}" for name in ("steps", "seed") if getattr(args, name) is not None]
-    stopping = _Stopping()
-    try:
-        config = load_config(args.config, settings)
-        folder = train(
-            config,
-            _cases(args, config),
-            args.out,
-            _command(args, settings),
-            lambda line: print(line, flush=True),
-            devices=args.devices,
-            stop=lambda: stopping.signal is not None,
-            tensorboard=args.tensorboard,
-        )
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except Stopped as stopped:
-        print(f"{stopped}; the same command goes on from there", file=sys.stderr)
-        return 128 + (stopping.signal or signal.SIGINT)
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
-        return 130
+    with _Stopping() as stopping:
+        try:
+            folder = _run(args, settings, stopping)
+        except InputError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+        except Stopped as stopped:
+            print(f"{stopped}; the same command goes on from there", file=sys.stderr)
+            return 128 + (stopping.signal or signal.SIGINT)
+        except KeyboardInterrupt:
+            print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+            return 130
     print(f"model folder: {folder}")
     return 0
+
+
+def _run(args: argparse.Namespace, settings: Sequence[str], stopping: "_Stopping") -> Path:
+    from training.loop import train  # says so where an optional library is missing
+
+    config = load_config(args.config, settings)
+    return train(
+        config,
+        _cases(args, config),
+        args.out,
+        _command(args, settings),
+        lambda line: print(line, flush=True),
+        devices=args.devices,
+        stop=lambda: stopping.signal is not None,
+        tensorboard=args.tensorboard,
+    )
 
 
 class _Stopping:
@@ -52,14 +58,21 @@ class _Stopping:
 
     def __init__(self) -> None:
         self.signal: int | None = None
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, self._note)
+        self._before: dict[int, Any] = {}
 
     def _note(self, number: int, frame: FrameType | None) -> Any:
         if self.signal is not None:
             raise KeyboardInterrupt
         self.signal = number
+
+    def __enter__(self) -> "_Stopping":
+        if threading.current_thread() is threading.main_thread():
+            self._before = {n: signal.signal(n, self._note) for n in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
 
 def _parser() -> argparse.ArgumentParser:

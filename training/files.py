@@ -1,6 +1,10 @@
-"""Files that are whole."""
+"""What runs share: files that are whole, and the way to stop."""
 
 from pathlib import Path
+
+
+class Stopped(Exception):
+    """The run was asked to stop, and its state is saved."""
 
 
 def write_whole(file: Path, text: str) -> None:

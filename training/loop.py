@@ -15,6 +15,7 @@ from jax import Array
 from training.cases import Cases
 from training.config import Config
 from training.dataset import load_volumes
+from training.files import Stopped
 from training.folder import Log, open_folder
 from training.optimiser import learning_rate_of
 from training.pipeline import Batches, batches
@@ -27,10 +28,6 @@ from xaiseg.errors import InputError
 from xaiseg.models import Model
 
 Say = Callable[[str], Any]
-
-
-class Stopped(Exception):
-    """The run was asked to stop, and its state is saved."""
 
 
 def train(

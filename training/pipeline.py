@@ -12,7 +12,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import grain
 import numpy as np
 from absl import flags
 from numpy.random import Generator
@@ -20,6 +19,11 @@ from numpy.random import Generator
 from training.volumes import Volume
 from xaiseg.errors import InputError
 from xaiseg.instances import label_components
+
+try:
+    import grain
+except ModuleNotFoundError as error:
+    raise InputError("training: grain is not installed; pip install 'xaiseg[training]'") from error
 
 Batch = tuple[np.ndarray, np.ndarray]
 

@@ -298,7 +298,7 @@ def test_command(bids, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 @pytest.mark.slow
 def test_killed_at_any_moment_it_goes_on(bids, tmp_path: Path) -> None:
-    """A process killed (SIGKILL) three times, each time some steps on, ends as one that was left alone."""
+    """Killed (SIGKILL) three times, each time some steps on, and then stopped (SIGTERM), a run ends as one that was left alone."""
     folder, add = bids
     for name in ("sub-01", "sub-02"):
         add(name)
@@ -319,17 +319,18 @@ def test_killed_at_any_moment_it_goes_on(bids, tmp_path: Path) -> None:
     ]
     command += [word for setting in settings.split() for word in ("--set", setting)]
 
-    def run(out: Path, until: int | None = None) -> int:
-        """Exit status; `until` a step was logged, for ever if None."""
+    def run(out: Path, until: int | None = None, how: int = signal.SIGKILL) -> int:
+        """Exit status; until a step was logged, for ever if None, and then a signal."""
         with subprocess.Popen([*command, "--out", str(out)], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
             for line in process.stdout:
                 if until is not None and line.startswith(f"step {until}/"):
-                    process.send_signal(signal.SIGKILL)
+                    process.send_signal(how)
             return process.wait()
 
     assert run(tmp_path / "whole") == 0
     assert [run(tmp_path / "parts", until) for until in (5, 20, 42)] == [-signal.SIGKILL] * 3
+    assert run(tmp_path / "parts", 50, signal.SIGTERM) == 128 + signal.SIGTERM
     assert run(tmp_path / "parts") == 0
     assert model_hash(load_model(tmp_path / "whole" / "model")) == model_hash(load_model(tmp_path / "parts" / "model"))
     assert [e["step"] for e in entries(tmp_path / "parts") if "loss" in e] == list(range(1, 61))
