@@ -4,10 +4,17 @@ import os
 from pathlib import Path
 
 # Compilation is most of the time that tests take: LLVM optimises only where XLA_FLAGS say so, as `.ci/run` does for the slow tests.
-_FLAGS = "--xla_force_host_platform_device_count=2"
-if "xla_backend_optimization_level" not in os.environ.get("XLA_FLAGS", ""):
-    _FLAGS += " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS}"
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_force_host_platform_device_count=2",
+        *(
+            ()
+            if "xla_backend_optimization_level" in os.environ.get("XLA_FLAGS", "")
+            else ("--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true")
+        ),
+    ]
+)
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 import jax

@@ -1,6 +1,7 @@
 """`python -m training --config NAME --out DIR`: see `--help`."""
 
 import argparse
+import re
 import shlex
 import signal
 import sys
@@ -11,8 +12,9 @@ from types import FrameType
 from typing import Any
 
 from training.cases import Cases, read_cases
-from training.config import Config, known_configs, load_config
+from training.config import Config, changed, check, known_configs, load_config
 from training.files import Stopped
+from training.planned import PLANNED, planned
 from xaiseg.errors import InputError
 
 
@@ -40,16 +42,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace, settings: Sequence[str], stopping: "_Stopping") -> Path:
     from training.loop import train  # says so where an optional library is missing
 
-    config = load_config(args.config, settings)
+    config, plans = load_config(args.config), ""
+    # what is set counts more than what is planned, and may not fit without it
+    own = settings if not config.planner else [s for s in settings if re.split("[.=]", s)[0] not in PLANNED]
+    config = check(changed(config, own))
+    cases = _cases(args, config)
+    if config.planner:
+        config, plans = planned(config, cases.training, args.out, args.plans)
+        config = check(changed(config, settings))
+    elif args.plans:
+        raise InputError(
+            f"--plans: config {args.config} has no planner; expected one that has, nnunet: leave --plans out"
+        )
     return train(
         config,
-        _cases(args, config),
+        cases,
         args.out,
         _command(args, settings),
         lambda line: print(line, flush=True),
         devices=args.devices,
         stop=lambda: stopping.signal is not None,
         tensorboard=args.tensorboard,
+        plans=plans,
     )
 
 
@@ -101,6 +115,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--out", required=True, type=Path, metavar="DIR", help="folder of the run; the model is DIR/model"
     )
+    parser.add_argument(
+        "--plans", type=Path, metavar="JSON", help="nnU-Net's plans.json for config nnunet, instead of making a plan"
+    )
     parser.add_argument("--steps", type=int, help="steps of the optimiser")
     parser.add_argument("--seed", type=int, help="of the initial parameters, the patches and their augmentation")
     parser.add_argument("--devices", type=int, default=1, help="devices of this machine that share each batch")
@@ -130,13 +147,14 @@ def _cases(args: argparse.Namespace, config: Config) -> Cases:
     return read_cases(args.data, named, config.channels, args.folds, args.splits, args.fold, config.seed)
 
 
-def _command(args: argparse.Namespace, settings: list[str]) -> str:
+def _command(args: argparse.Namespace, settings: Sequence[str]) -> str:
     """The command that makes this model, without its destination."""
     words = ["python", "-m", "training", "--config", args.config]
     words += [word for path in args.data for word in ("--data", str(path))]
     words += ["--validation", args.validation] if args.validation else []
     words += ["--folds", str(args.folds), "--fold", str(args.fold)] if args.folds else []
     words += ["--splits", str(args.splits), "--fold", str(args.fold)] if args.splits else []
+    words += ["--plans", str(args.plans)] if args.plans else []
     words += [word for setting in settings for word in ("--set", setting)]
     return shlex.join(words)
 

@@ -32,6 +32,9 @@ class Config:
     architecture, options: of the network, see `xaiseg.models`; a U-Net or DynUNet with `heads` is supervised on coarser grids too.
     channels, orientation, window, overlap, min_voxels: see `xaiseg.models.ModelSpec`.
     default_layer: the tap of Grad-CAM++; the architecture's usual one if empty.
+    planner: nnU-Net's planner that decides about network, patch, batch, Dice and preprocessing from the training cases, see
+      `planned`; empty for none. preprocessing: nnU-Net's, as it then says; empty for z-scores over non-zero voxels. A model with it
+      predicts nnU-Net's way: its tiles, and the mean over mirrorings.
 
     The data:
     phantoms, validation_phantoms: seeds (first, one past the last) of synthetic brains to use instead of scans.
@@ -66,6 +69,8 @@ class Config:
     overlap: float = 0.25
     min_voxels: int = 1
     default_layer: str = ""
+    planner: str = ""
+    preprocessing: dict[str, Any] = field(default_factory=dict)
 
     phantoms: tuple[int, ...] = ()
     validation_phantoms: tuple[int, ...] = ()
@@ -135,6 +140,9 @@ class Config:
             "source": source,
             "notes": notes or {},
         }
+        if self.preprocessing:
+            description |= {"normalisation": "nnunet", "preprocessing": self.preprocessing}
+            description |= {"tiling": "nnunet", "mirror_axes": [0, 1, 2]}
         return spec_from_dict(description, "training config")
 
 

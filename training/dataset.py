@@ -11,6 +11,7 @@ from training.synthesis import synthesise
 from training.volumes import Volume, cached, volume_of_case, volume_of_phantom
 from xaiseg.errors import InputError
 from xaiseg.imaging import Case
+from xaiseg.imaging.nnunet_plan import NnunetPreprocessing
 
 
 def load_volumes(
@@ -21,14 +22,18 @@ def load_volumes(
     Raises InputError where a case cannot be used, none has a lesion, or lesions are to be put in and there are none to copy.
     """
 
+    preprocessing = NnunetPreprocessing.from_dict(config.preprocessing, "config") if config.preprocessing else None
+
     def volumes(members: Sequence[Case], seeds: tuple[int, ...]) -> list[Volume]:
-        scans = [volume_of_case(folder, case, config.channels, config.orientation) for case in members]
+        scans = [volume_of_case(folder, case, config.channels, config.orientation, preprocessing) for case in members]
         return scans + [volume_of_phantom(folder, seed, config.orientation) for seed in range(*seeds or (0,))]
 
     training = volumes(cases.training, config.phantoms)
     validation = volumes(cases.validation, config.validation_phantoms)
     for volume in training:
-        if any(n < side for n, side in zip(volume.reference.shape, config.patch, strict=True)):
+        if preprocessing is None and any(
+            n < side for n, side in zip(volume.reference.shape, config.patch, strict=True)
+        ):
             raise InputError(
                 f"{volume.name}: {volume.reference.shape} voxels, fewer than the patch of {config.patch} along an axis; expected a "
                 "volume that holds it: choose a smaller patch, or leave the case out"

@@ -15,7 +15,7 @@ from jax import Array
 from training.cases import Cases
 from training.config import Config
 from training.dataset import load_volumes
-from training.files import Stopped
+from training.files import Stopped, write_whole
 from training.folder import Log, open_folder
 from training.optimiser import learning_rate_of
 from training.pipeline import Batches, batches
@@ -40,12 +40,15 @@ def train(
     devices: int = 1,
     stop: Callable[[], bool] = lambda: False,
     tensorboard: bool = False,
+    plans: str = "",
 ) -> Path:
     """Train until `config.steps`, or it gets no better, from the last checkpoint in `out` if there is one; returns `out/model`.
 
     An interrupted and resumed run ends with the same parameters, bit for bit, as one that was not interrupted, on the same
-    machine and number of devices. `command` is written into the model as its source. devices: of this machine, that share each
-    batch. stop: asked after each step; where it says so the state is saved and `Stopped` raised.
+    machine and number of devices.
+
+    command: written into the model as its source. devices: of this machine, that share each batch. plans: nnU-Net's, to keep in
+    the folder. stop: asked after each step; where it says so the state is saved and `Stopped` raised.
 
     Raises InputError as `folder.open_folder`, where a scan cannot be used, no training case has a lesion, the loss diverges, or a
     checkpoint cannot be written.
@@ -53,6 +56,8 @@ def train(
     out = open_folder(out, config, cases)
     if cases.folds and cases.patients and cases.loads:
         write_splits(out / "splits.tsv", cases.folds, cases.patients, cases.loads)
+    if plans:
+        write_whole(out / "plans.json", plans)
     training, validation = load_volumes(config, cases, out / "volumes", say)
     learning_rate = learning_rate_of(config)
     step_of = make_step(config, batch_mesh(devices, config.batch))

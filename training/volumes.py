@@ -10,6 +10,7 @@ import numpy as np
 from xaiseg.errors import InputError
 from xaiseg.imaging import Case, Grid, load_scan, zscore_nonzero
 from xaiseg.imaging.grid import reorient, reorientation
+from xaiseg.imaging.nnunet_plan import NnunetPreprocessing
 from xaiseg.imaging.phantom import phantom
 
 
@@ -24,18 +25,24 @@ class Volume(NamedTuple):
     other: np.ndarray
 
 
-def volume_of_case(folder: Path, case: Case, channels: Sequence[str], orientation: str) -> Volume:
+def volume_of_case(
+    folder: Path,
+    case: Case,
+    channels: Sequence[str],
+    orientation: str,
+    preprocessing: NnunetPreprocessing | None = None,
+) -> Volume:
     """The images of a case, their axes as `orientation` says, and its mask. Raises InputError where a file cannot be used."""
 
     def load() -> tuple[np.ndarray, np.ndarray]:
-        scan = load_scan(case, channels, orientation)
+        scan = load_scan(case, channels, orientation, preprocessing=preprocessing)
         assert case.reference is not None
         labels = scan.labels(case.reference)
         if labels.max() > 1:
             raise InputError(
                 f"{case.reference}: holds the value {labels.max()}, expected a mask of 0 and 1: set every lesion voxel to 1"
             )
-        return scan.image, labels > 0
+        return scan.image, scan.labels_to_image(labels) > 0
 
     return cached(folder, case.name, load)
 

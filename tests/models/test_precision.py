@@ -299,6 +299,7 @@ def test_networks_stay_close_to_float32(of, name):
         assert 3e-5 < distance(a, b) < bound
 
 
+@pytest.mark.slow
 def test_bfloat16_is_farther_from_float32_than_tf32():
     for of in NETWORKS:
         exact, tf32, bfloat16 = (logits_and_gradient(of, name) for name in PRECISIONS)

@@ -17,8 +17,10 @@ from training.__main__ import main
 from training.cases import Cases, read_cases
 from training.config import Config
 from training.folder import Log, open_folder
+from training.nnunet_plan import read_plan
 from training.validate import Score
 from xaiseg.checkpoints import load_model, model_hash
+from xaiseg.cli import main as xaiseg_main
 from xaiseg.errors import InputError
 from xaiseg.imaging import write
 
@@ -294,6 +296,30 @@ def test_command(bids, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert capsys.readouterr().err.startswith("error: --data: missing")
     assert main(["--config", "example", "--data", str(folder), "--out", str(tmp_path / "x")]) == 1
     assert capsys.readouterr().err.startswith("error: --data: config example draws synthetic brains")
+
+
+def test_nnunet_plans_from_the_cases_and_its_model_segments_them(
+    bids, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, add = bids
+    for name in ("sub-01", "sub-02", "sub-03"):
+        add(name)
+    command = ["--config", "nnunet", "--data", str(folder), "--validation", "sub-03", "--out", str(tmp_path / "run")]
+    # smaller than planned, as a user may wish
+    for setting in ("options.features=[4, 8, 8]", "thresholds=0.2", "steps=2", "augmentation.low_resolution=0"):
+        command += ["--set", setting]
+    assert main(command) == 0, capsys.readouterr().err
+    plan = read_plan(tmp_path / "run" / "plans.json")
+    spec = load_model(tmp_path / "run" / "model").spec
+    assert (spec.normalisation, spec.tiling, spec.mirror_axes) == ("nnunet", "nnunet", (0, 1, 2))
+    assert (spec.architecture, spec.window, spec.options["features"]) == (plan.architecture, plan.patch_size, [4, 8, 8])
+    assert main(command) == 0  # from the plan it has
+    assert xaiseg_main(["segment", str(folder), str(tmp_path / "out"), "--model", str(tmp_path / "run" / "model")]) == 0
+    assert len(list((tmp_path / "out").rglob("*_mask.nii.gz"))) == 3
+    capsys.readouterr()
+    other = ["--config", "unet_cpu", "--data", str(folder), "--out", str(tmp_path / "other"), "--plans", "x.json"]
+    assert main(other) == 1
+    assert capsys.readouterr().err.startswith("error: --plans: config unet_cpu has no planner")
 
 
 @pytest.mark.slow
