@@ -50,9 +50,10 @@ def initial_state(config: Config, variables: Variables | None = None) -> State:
         network = build_network(config.spec(config.thresholds[0]))
         x = jnp.zeros((1, *config.patch, len(config.channels)))
         variables = jax.jit(network.init)(jax.random.key(config.seed), x)
-    params = jax.tree.map(jnp.asarray, variables["params"])
+    # copies: a step uses up the state that it is given
+    params = jax.tree.map(jnp.array, variables["params"])
     average = jax.tree.map(jnp.copy, params) if config.average else ()
-    statistics = jax.tree.map(jnp.asarray, dict(variables.get("batch_stats", {})))
+    statistics = jax.tree.map(jnp.array, dict(variables.get("batch_stats", {})))
     moments = optimiser_of(config).init(params)
     return State(params, statistics, moments, average, jnp.float32(-1), jnp.int32(0))
 
