@@ -20,7 +20,8 @@ from xaiseg.models.precision import PRECISIONS
 OPTIMISERS = ("adam", "adamw", "sgd")
 SCHEDULES = ("constant", "cosine", "polynomial", "plateau")
 
-_ALWAYS = Settings(probability=1.0)
+# z-scored scans: contrasts in that unit carry over between scanners better than in the spread of each one's white matter
+_ALWAYS = Settings(probability=1.0, unit="image")
 _PAPER_UNET = {"channels": [32, 64, 128, 256, 512], "strides": [2, 2, 2, 2], "norm": "batch"}
 
 
