@@ -151,7 +151,11 @@ def deeply_supervised(loss: Loss, logits: Sequence[Array], reference: Array, wei
 
 
 def supervision_weights(heads: int) -> tuple[float, ...]:
-    """nnU-Net's, for the finest logits and `heads` coarser ones: halved from grid to grid, none for the coarsest of several."""
+    """nnU-Net's, for the finest logits and `heads` coarser ones: 1, 1/2, 1/4, …, the coarsest of several 0, over their sum.
+
+    >>> supervision_weights(3)
+    (0.5714285714285714, 0.2857142857142857, 0.14285714285714285, 0.0)
+    """
     weights = [0.5**i for i in range(heads + 1)]
     if heads:
         weights[-1] = 0.0

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from training.losses import supervision_weights
 from xaiseg.checkpoints import nnunet_plans
 from xaiseg.errors import InputError
 from xaiseg.imaging.nnunet_plan import NnunetPreprocessing
@@ -144,22 +145,9 @@ def training_plan(
         plan.options,
         NnunetPreprocessing.from_dict(plan.preprocessing, source),
         batch_dice,
-        deep_supervision_weights(len(plan.options["features"]) - 1),
+        supervision_weights(len(plan.options["features"]) - 2),
         "3d_lowres" in plans["configurations"],
     )
-
-
-def deep_supervision_weights(grids: int) -> tuple[float, ...]:
-    """1, 1/2, 1/4, … for the logits on each grid of the decoder, the finest first, the coarsest 0, over their sum.
-
-    nnU-Net leaves the coarsest out wherever there are two; of one alone it would divide by zero, and here it has the weight 1.
-
-    Example:
-        >>> deep_supervision_weights(4)
-        (0.5714285714285714, 0.2857142857142857, 0.14285714285714285, 0.0)
-    """
-    weights = [0.5**grid for grid in range(grids - 1)] + [0.0 if grids > 1 else 1.0]
-    return tuple(weight / sum(weights) for weight in weights)
 
 
 def _with_inherited(configurations: Mapping[str, Any], name: str) -> dict[str, Any]:

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from training.nnunet_plan import Recipe, deep_supervision_weights, read_plan, training_plan
+from training.losses import supervision_weights
+from training.nnunet_plan import Recipe, read_plan, training_plan
 from xaiseg.errors import InputError
 from xaiseg.models.nnunet import PlainConvUNet
 
@@ -84,8 +85,8 @@ def test_the_network_takes_the_patch_and_has_a_head_for_each_weight() -> None:
 
 
 def test_deep_supervision_weights() -> None:
-    assert deep_supervision_weights(5) == pytest.approx((8 / 15, 4 / 15, 2 / 15, 1 / 15, 0))
-    assert (deep_supervision_weights(2), deep_supervision_weights(1)) == ((1, 0), (1,))
+    assert supervision_weights(4) == pytest.approx((8 / 15, 4 / 15, 2 / 15, 1 / 15, 0))
+    assert (supervision_weights(1), supervision_weights(0)) == ((1, 0), (1,))
 
 
 def test_recipe() -> None:
@@ -144,6 +145,6 @@ def test_what_is_no_plan_is_refused(text: str | None, tmp_path: Path) -> None:
 
 
 def test_the_example() -> None:
-    result = doctest.testmod(sys.modules["training.nnunet_plan"])
+    result = doctest.testmod(sys.modules["training.losses"])
     assert result.attempted > 0
     assert result.failed == 0
