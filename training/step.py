@@ -15,6 +15,7 @@ from training.augment import augment
 from training.config import Config
 from training.losses import deeply_supervised, supervision_weights, weighted_sum
 from training.optimiser import optimiser_of
+from xaiseg.errors import InputError
 from xaiseg.models import build_network
 from xaiseg.models.model import Variables
 from xaiseg.models.precision import precision_of
@@ -106,10 +107,10 @@ def make_step(config: Config, mesh: Mesh | None = None) -> Step:
 
 
 def batch_mesh(devices: int, batch: int) -> Mesh | None:
-    """A mesh of the first `devices` local devices; None for one. Raises ValueError where it cannot share the batch."""
+    """A mesh of the first `devices` local devices; None for one. Raises InputError where it cannot share the batch."""
     available = jax.local_devices()
-    if devices > len(available) or batch % devices:
-        raise ValueError(
+    if not 0 < devices <= len(available) or batch % devices:
+        raise InputError(
             f"{devices} devices: {len(available)} are there, and a batch of {batch} is shared evenly; give a divisor of {batch}"
         )
     return Mesh(np.array(available[:devices]), ("batch",)) if devices > 1 else None
