@@ -34,12 +34,12 @@ def print_peaks(network: str, setup: Setup, variant: str, sizes: Sequence[int]) 
             sys.exit(f"{' '.join(map(str, command))} failed:\n{done.stderr}")
         what = f"{lesions} lesion{'s' * (lesions > 1)} of {voxels} voxels{' (2 rows)' * (side == 'torch')}"
         name = {"torch": "PyTorch"}.get(side, side)
-        peak, *maps = done.stdout.splitlines()[-1].split()
+        *maps, peak = done.stdout.splitlines()[-1].split()
         print(f"  {name:8}{what:34}{peak:>7} MiB{', of which maps '.join(['', *maps])}", flush=True)
 
 
 def print_peak(network: str, setup: Setup, side: str, lesions: int, voxels: int) -> None:
-    """Run one side alone and print its peak in MiB, and for xaiseg what of it are the maps that it returns.
+    """Run one side alone and print its peak in MiB, for xaiseg after what of it are the maps that it returns.
 
     xaiseg is warm: the compiler's own memory does not count, the programs do.
     """
@@ -67,7 +67,7 @@ def print_peak(network: str, setup: Setup, side: str, lesions: int, voxels: int)
     run(held if network == "unet" else [v[:1] for v in held])
     peak.restart()
     maps = run(held)
-    print(peak.mib(), round(maps / 2**20))
+    print(round(maps / 2**20), peak.mib())
 
 
 def _lesions(model: object, shape: tuple[int, ...], count: int, voxels: int) -> list[np.ndarray]:
