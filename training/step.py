@@ -17,6 +17,7 @@ from training.losses import deeply_supervised, supervision_weights, weighted_sum
 from training.optimiser import optimiser_of
 from xaiseg.errors import InputError
 from xaiseg.models import build_network
+from xaiseg.models.convolution import learnt_kernels
 from xaiseg.models.model import Variables
 from xaiseg.models.precision import precision_of
 
@@ -80,7 +81,7 @@ def make_step(config: Config, mesh: Mesh | None = None) -> Step:
 
     def objective(params: Any, batch_stats: Any, images: Array, references: Array) -> tuple[Array, Any]:
         variables = {"params": params, "batch_stats": batch_stats}
-        with precision_of(config.precision):
+        with precision_of(config.precision), learnt_kernels():
             (logits, taps), updated = network.apply(variables, images, train=True, mutable=["batch_stats"])
         outputs = [logits, *(taps[name] for name in heads)]
         return deeply_supervised(loss_of, outputs, references, weights), updated.get("batch_stats", {})

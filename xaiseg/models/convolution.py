@@ -3,7 +3,8 @@
 XLA's CPU back end is good at 2-D convolutions and up to 300 times slower than PyTorch at 3-D, strided-gradient and dilated ones.
 On CPU a 3-D convolution is therefore written as 2-D convolutions with the depth (the first spatial axis) folded into the batch;
 elsewhere the native 3-D convolution is the right one. Both are plain differentiable JAX code, so forward and reverse mode,
-`vmap` and `jet` pass through; the folded form was chosen such that its *transpose*, which JAX derives, is as fast as itself.
+`vmap` and `jet` pass through; the folded form was chosen such that its *transpose*, which JAX derives, is as fast as itself. What
+it derives for the kernel is not: training enters `learnt_kernels`, which puts `kernel_gradient` in its place.
 
 Float32 means float32 unless `precision` is told otherwise: accelerators would round factors to TF32 or bfloat16 by default.
 
@@ -12,7 +13,9 @@ Arrays are channels last, `(N, *spatial, C)`; kernels are `(*window, C_in, C_out
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from typing import Literal
 
@@ -20,6 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from xaiseg.models.kernel_gradient import kernel_gradient
 from xaiseg.models.platform import platform
 from xaiseg.models.precision import at_precision
 
@@ -33,6 +37,18 @@ _JOIN_TAPS_UP_TO = 8
 # gathered windows 3 ms. Up to this many output voxels the windows are gathered.
 _FEW_POSITIONS = 64
 
+_learnt: ContextVar[bool] = ContextVar("learnt_kernels", default=False)
+
+
+@contextmanager
+def learnt_kernels() -> Iterator[None]:
+    """Trace networks whose kernels are learnt: folded convolutions then have their own reverse mode, and no forward one."""
+    token = _learnt.set(True)
+    try:
+        yield
+    finally:
+        _learnt.reset(token)
+
 
 def conv(x: Array, kernel: Array, strides: Sequence[int], padding: Padding, lowering: Lowering = "auto") -> Array:
     """Convolution (cross-correlation, as in PyTorch) of `x` `(N, *spatial, C_in)` with `kernel` `(*window, C_in, C_out)`.
@@ -40,11 +56,11 @@ def conv(x: Array, kernel: Array, strides: Sequence[int], padding: Padding, lowe
     `padding` gives zeros before and after each spatial axis. `lowering="auto"` folds 3-D convolutions on CPU. The choice is made
     when the function is traced, not inside the compiled program, so that linearisation residuals hold no untaken branch.
     """
-    if lowering == "auto":
-        lowering = "folded" if kernel.ndim == 5 and platform() == "cpu" else "native"
-    lowered = partial(_native if lowering == "native" else _folded, strides=strides, padding=padding)
-    # the folded form is the CPU's: emulated as a whole, it adds the depth taps in float32 and rounds their sum once
-    return at_precision(lowered, x, kernel, emulated=lowering == "folded")
+    lowering = _chosen(lowering, kernel)
+    forward = partial(_plain, strides=strides, padding=padding, lowering=lowering)
+    if lowering == "native" or not _learnt.get():
+        return forward(x, kernel)
+    return _learn(forward, partial(_of_kernel, window=kernel.shape[:3], strides=strides, padding=padding), x, kernel)
 
 
 def conv_transpose(
@@ -68,8 +84,49 @@ def conv_transpose(
         )
     ]
     larger = jax.ShapeDtypeStruct((x.shape[0], *spatial, kernel.shape[-2]), x.dtype)
-    (y,) = jax.linear_transpose(lambda z: conv(z, kernel, strides, padding, lowering), larger)(x)
-    return y
+    lowering = _chosen(lowering, kernel)
+
+    def forward(x: Array, kernel: Array) -> Array:
+        (y,) = jax.linear_transpose(lambda z: _plain(z, kernel, strides, padding, lowering), larger)(x)
+        return y
+
+    if lowering == "native" or not _learnt.get():
+        return forward(x, kernel)
+    # input and output of the convolution whose transpose this is have changed places
+    gradient = partial(_of_kernel, window=kernel.shape[:3], strides=strides, padding=padding)
+    return _learn(forward, lambda x, cotangent: gradient(cotangent, x), x, kernel)
+
+
+def _chosen(lowering: Lowering, kernel: Array) -> Lowering:
+    if lowering != "auto":
+        return lowering
+    return "folded" if kernel.ndim == 5 and platform() == "cpu" else "native"
+
+
+def _plain(x: Array, kernel: Array, strides: Sequence[int], padding: Padding, lowering: Lowering) -> Array:
+    lowered = partial(_native if lowering == "native" else _folded, strides=strides, padding=padding)
+    # the folded form is the CPU's: emulated as a whole, it adds the depth taps in float32 and rounds their sum once
+    return at_precision(lowered, x, kernel, emulated=lowering == "folded")
+
+
+def _of_kernel(x: Array, cotangent: Array, window: Sequence[int], strides: Sequence[int], padding: Padding) -> Array:
+    products = partial(kernel_gradient, window=window, strides=strides, padding=padding)
+    return at_precision(products, x, cotangent, emulated=True)
+
+
+def _learn(
+    forward: Callable[[Array, Array], Array], gradient: Callable[[Array, Array], Array], x: Array, kernel: Array
+) -> Array:
+    """`forward(x, kernel)`; its gradient with respect to the kernel is `gradient(x, cotangent)`."""
+
+    def backward(factors: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
+        x, kernel = factors
+        (of_x,) = jax.linear_transpose(lambda z: forward(z, kernel), x)(cotangent)
+        return of_x, gradient(x, cotangent)
+
+    learnt = jax.custom_vjp(forward)
+    learnt.defvjp(lambda x, kernel: (forward(x, kernel), (x, kernel)), backward)
+    return learnt(x, kernel)
 
 
 def _native(x: Array, kernel: Array, precision: lax.Precision, strides: Sequence[int], padding: Padding) -> Array:
