@@ -58,8 +58,13 @@ def focal_loss(logits: Array, reference: Array, gamma: float = 2.0, activation: 
 
 
 def _log_own(logits: Array, reference: Array) -> Array:
-    log_p = jax.nn.log_softmax(logits)
-    return jnp.where(reference > 0, log_p[..., 1], log_p[..., 0])
+    odds = _log_odds(logits)
+    return jax.nn.log_sigmoid(jnp.where(reference > 0, odds, -odds))
+
+
+def _log_odds(logits: Array) -> Array:
+    """Of the lesion class: its sigmoid is the softmax of both, several times faster on CPU than one over an axis of two."""
+    return logits[..., 1] - logits[..., 0]
 
 
 def _log_own_sigmoid(logits: Array, reference: Array) -> Array:
@@ -126,7 +131,7 @@ def weighted_sum(
 
     def loss(logits: Array, reference: Array) -> Array:
         logits = logits.astype(jnp.float32)
-        probability = jax.nn.softmax(logits)[..., 1]
+        probability = jax.nn.sigmoid(_log_odds(logits))
         mask = (reference > 0).astype(jnp.float32)
         parts: dict[str, Callable[[], Array]] = {
             "normalised_dice": lambda: normalised_dice_loss(probability, mask, dice_r),
