@@ -86,7 +86,7 @@ def test_bring_your_own_network(name):
 def test_the_api_in_ten_lines(tmp_path, monkeypatch):
     small = phantom.phantom(seed=3, shape=(80, 96, 80), spacing=2.0)
     monkeypatch.setattr(demo, "phantom", lambda seed: small)
-    (tmp_path / "my_model").symlink_to(ROOT / "xaiseg" / "example" / "model")
+    (tmp_path / "my_model").symlink_to(ROOT / "xaiseg" / "shipped" / "example")
     demo.write_phantoms(tmp_path, 1).rename(tmp_path / "scans.tsv")
     monkeypatch.chdir(tmp_path)
 

@@ -70,6 +70,19 @@ def _inspect(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _models(arguments: argparse.Namespace) -> int:
+    from xaiseg.checkpoints import model_card, shipped_models
+
+    known = shipped_models()
+    if not arguments.name:
+        print("\n".join(model_card(name).splitlines()[0].removeprefix("# ") for name in known))
+        return 0
+    if arguments.name not in known:
+        raise InputError(f"{arguments.name}: is no model of this package; known are {', '.join(known)}")
+    print(model_card(arguments.name), end="")
+    return 0
+
+
 def _segment(arguments: argparse.Namespace) -> int:
     from xaiseg.cohort import segment
 
@@ -197,7 +210,10 @@ def _parser() -> argparse.ArgumentParser:
     inspect = _command(
         commands, "inspect", _inspect, "print a model's network, taps, receptive field, compute and memory"
     )
-    inspect.add_argument("model", type=Path, metavar="MODEL", help="a model folder")
+    inspect.add_argument("model", metavar="MODEL", help="a model folder, or a name of `xaiseg models`")
+
+    models = _command(commands, "models", _models, "list the models that come with xaiseg, or show the card of one")
+    models.add_argument("name", nargs="?", metavar="NAME", help="whose card to show: data, recipe, results, limits")
 
     segment = _command(commands, "segment", _segment, "segment the lesions of every case")
     _cohort(segment)
@@ -375,7 +391,9 @@ def _cohort(parser: argparse.ArgumentParser) -> None:
         "input", type=Path, metavar="INPUT", help="a BIDS folder, or a manifest TSV (case, one column per channel, …)"
     )
     parser.add_argument("output", type=Path, metavar="OUT", help="folder to write")
-    parser.add_argument("--model", type=Path, required=True, metavar="M", help="a model folder, see `xaiseg convert`")
+    parser.add_argument(
+        "--model", required=True, metavar="M", help="a model folder, see `xaiseg convert`, or a name of `xaiseg models`"
+    )
     parser.add_argument("--cases", type=_names, default=(), metavar="A,B", help="only these cases")
     parser.add_argument("--threshold", type=_probability, help="on the lesion probability (the model's)")
     parser.add_argument(

@@ -1,12 +1,12 @@
 """The built-in example: unseen phantoms, segmented and explained with a small U-Net that this project trained on phantoms."""
 
-from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from xaiseg.checkpoints import load_model
+from xaiseg.checkpoints.shipped import shipped_folder
 from xaiseg.cohort import Request, Settings, explain
 from xaiseg.errors import InputError
 from xaiseg.imaging import nifti
@@ -20,8 +20,7 @@ _MANIFEST = "manifest.tsv"
 
 def example_model() -> Model:
     """The small U-Net shipped with the package, trained on phantoms by `python -m training --config example`."""
-    with as_file(files("xaiseg") / "example" / "model") as folder:
-        return load_model(folder)
+    return load_model(shipped_folder("example"))
 
 
 def run_demo(out: Path, cases: int = 2, samples: int = 4, overwrite: bool = False) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from xaiseg._version import __version__
+from xaiseg.checkpoints.shipped import shipped_folder, shipped_models
 from xaiseg.errors import InputError
 from xaiseg.imaging.nnunet import NnunetPreprocessing
 from xaiseg.models import NETWORKS, Model, ModelSpec, expected_variables, outputs
@@ -63,7 +64,12 @@ def _replaceable(folder: Path) -> bool:
 
 
 def load_model(folder: str | Path) -> Model:
-    """Read a model folder. Raises InputError where it is missing, damaged, or its parameters do not fit its architecture."""
+    """Read a model folder, or a model that comes with the package: a name of `shipped_models()` that no folder here has.
+
+    Raises InputError where it is missing, damaged, or its parameters do not fit its architecture.
+    """
+    if not Path(folder).exists() and str(folder) in shipped_models():
+        folder = shipped_folder(str(folder))
     folder = Path(folder).absolute()
     content = _read_description(folder)
     _check_files(folder, content.pop("files", None))
@@ -117,7 +123,10 @@ def _check_files(folder: Path, recorded: Any) -> None:
 def _read_description(folder: Path) -> dict[str, Any]:
     file = folder / "model.json"
     if not file.is_file():
-        raise InputError(f"{folder}: not a model folder (no model.json inside); make one with `xaiseg convert`")
+        raise InputError(
+            f"{folder}: not a model folder (no model.json inside); make one with `xaiseg convert`, or name one that comes with "
+            f"xaiseg: {', '.join(shipped_models())}"
+        )
     try:
         content = json.loads(file.read_text())
     except (OSError, ValueError) as error:
