@@ -79,18 +79,21 @@ def make_step(config: Config, mesh: Mesh | None = None) -> Step:
     heads = [f"head{i}" for i in range(1, config.heads + 1)]
     weights = supervision_weights(config.heads)
 
-    def objective(params: Any, batch_stats: Any, images: Array, references: Array) -> tuple[Array, Any]:
+    def objective(params: Any, batch_stats: Any, images: Array, references: Array, key: Array) -> tuple[Array, Any]:
         variables = {"params": params, "batch_stats": batch_stats}
         with precision_of(config.precision), learnt_kernels():
-            (logits, taps), updated = network.apply(variables, images, train=True, mutable=["batch_stats"])
+            (logits, taps), updated = network.apply(
+                variables, images, train=True, mutable=["batch_stats"], rngs={"dropout": key}
+            )
         outputs = [logits, *(taps[name] for name in heads)]
         return deeply_supervised(loss_of, outputs, references, weights), updated.get("batch_stats", {})
 
     def step(state: State, images: Array, references: Array, number: Array) -> tuple[State, Array]:
         key = jax.random.fold_in(jax.random.key(config.seed), number)
         images, references = augment(key, images, references, config.augmentation, margin=config.margin, mesh=mesh)
+        dropping = jax.random.fold_in(key, config.batch)  # augmentation has the numbers below
         gradient = jax.value_and_grad(objective, has_aux=True)
-        (loss, batch_stats), grads = gradient(state.params, state.batch_stats, images, references)
+        (loss, batch_stats), grads = gradient(state.params, state.batch_stats, images, references, dropping)
         with jax.numpy_dtype_promotion("standard"):  # optax raises a float to the power of an int32 count
             updates, moments = optimiser.update(grads, state.optimiser, state.params, value=loss)
             params = optax.apply_updates(state.params, updates)

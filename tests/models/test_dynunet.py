@@ -1,6 +1,6 @@
 """DynUNet against MONAI's (stored logits, gradients, every activation and the gradient there), and its refusals."""
 
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import jax
@@ -140,6 +140,25 @@ def test_training_updates_the_running_statistics():
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a != b).any()), after, before))
 
 
+def test_dropout_in_training_only():
+    rate, x = 0.25, jax.random.normal(jax.random.key(1), (2, 16, 16, 16, 2))
+    network = DynUNet(filters=(2, 2, 2), dropout=rate)
+    variables = network.init(jax.random.key(0), x)
+
+    @partial(jax.jit, static_argnames="train")
+    def logits(key, train):
+        return network.apply(variables, x, train=train, rngs={"dropout": key})[0]
+
+    first, again, other = (np.asarray(logits(jax.random.key(k), True)) for k in (0, 0, 1))
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).any()
+    # 16384 logits: the share of zeros has a standard deviation of 0.0034
+    assert abs((first == 0).mean() - rate) < 0.015
+    np.testing.assert_array_equal(logits(jax.random.key(0), False), logits(jax.random.key(1), False))
+    plain = DynUNet(filters=(2, 2, 2)).apply(variables, x)[0]
+    np.testing.assert_allclose(logits(jax.random.key(0), False), plain, atol=1e-5)  # jitted and not
+
+
 def test_tile_alignment_is_the_product_of_the_strides():
     assert DynUNet().tile_alignment == (4, 4, 4)
     assert load("dynunet_plain")[0].tile_alignment == (4, 8, 4)
@@ -159,6 +178,7 @@ def test_tile_alignment_is_the_product_of_the_strides():
         ({"kernel_size": (3, (3, 2, 3), 3)}, r"kernel_size \(3, 2, 3\) must be odd"),
         ({"strides": (1, 2, 3), "upsample_kernel_size": (2, 3)}, r"strides \(3, 3, 3\) are too wide"),
         ({"heads": 2}, "3 levels can have 0 to 1 heads, not 2"),
+        ({"dropout": 1.0}, "dropout is 1.0; expected 0 or more and less than 1"),
         ({"norm": "layer"}, "norm is 'layer'; known are"),
         ({"norm": "group:3"}, "16 features cannot be split into 3 groups"),
         ({"activation": "sine"}, "activation is 'sine'; known are"),

@@ -127,3 +127,20 @@ def test_logits_and_input_gradients(options, given, count, window, tmp_path):
         variables = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), reading.variables)
         found = ours(variables, jnp.asarray(np.float64(x)), jnp.asarray(everywhere))
     agree(found, theirs(np.float64(x), everywhere), 1e-9, 1e-9)
+
+
+def test_dropout_is_where_monais_is(monkeypatch):
+    """A function of the value in place of chance, which a norm does not undo."""
+    options = {"dropout": 0.1, "deep_supervision": True, "deep_supr_num": 1}
+    net = random_network(options).train()
+    state = {k: v.numpy().copy() for k, v in net.state_dict().items()}
+    reading = monai_dynunet.read(state, "live", Given())
+    x = np.random.default_rng(0).standard_normal((32, 24, 40, 2), dtype=np.float32)
+    monkeypatch.setattr(torch.nn.Dropout, "forward", lambda self, y: y + 0.3 * torch.sin(2 * y))
+    monkeypatch.setattr("flax.linen.Dropout.__call__", lambda self, y, **_: y + 0.3 * jnp.sin(2 * y))
+    with torch.no_grad():
+        expected = net(torch.from_numpy(np.moveaxis(x, -1, 0)[None].copy()))[0, 0].numpy()
+    network = DynUNet(**{**reading.options, "dropout": 0.1})
+    logits, _ = jax.jit(lambda x: network.apply(reading.variables, x, train=True))(x[None])
+    # both in float32
+    np.testing.assert_allclose(np.moveaxis(logits[0], -1, 0), expected, atol=1e-4 * np.abs(expected).max())

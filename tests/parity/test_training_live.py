@@ -18,9 +18,11 @@ with warnings.catch_warnings():
     torch = pytest.importorskip("torch")
     pytest.importorskip("monai")
 
+from scripts import train_in_torch
 from scripts.benchmarks.networks import model_of, state_of, trainable_network
 from training.augment import Augmentation
 from training.config import Config
+from training.losses import weighted_sum
 from training.step import initial_state, make_step
 
 pytestmark = pytest.mark.parity
@@ -128,3 +130,16 @@ def test_twenty_steps_are_pytorchs(name, optimiser):
     started = dict(jax.tree_util.tree_leaves_with_path(dict(model.variables)))
     moved = max(float(np.abs(value - np.asarray(started[key])).max()) for key, value in wanted.items())
     assert moved > (5e-3 if optimiser == "sgd" else 3e-4)
+
+
+@pytest.mark.parametrize("empty", [False, True])
+@pytest.mark.parametrize("over_batch", [False, True])
+def test_the_loss_of_the_script_that_trains_in_pytorch(over_batch, empty):
+    weights = {"dice": 1.0, "cross_entropy": 0.5, "focal": 2.0, "normalised_dice": 0.25}
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(3, 5, 6, 7, 2)).astype(np.float32)
+    reference = (rng.random((3, 5, 6, 7)) > (1 if empty else 0.9)).astype(np.float32)
+    config = Config(loss=weights, dice_over_batch=over_batch)
+    got = train_in_torch._loss(config, torch.from_numpy(np.moveaxis(logits, -1, 1)), torch.from_numpy(reference))
+    expected = weighted_sum(weights, dice_over_batch=over_batch)(logits, reference)
+    assert float(got) == pytest.approx(float(expected), rel=1e-5)

@@ -203,6 +203,11 @@ def activate(x: Array, kind: str, name: str) -> Array:
     return PReLU(name=name)(x) if kind == "prelu" else ACTIVATIONS[kind](x)
 
 
+def drop(x: Array, rate: float, train: bool) -> Array:
+    """In training each value is zero with probability `rate`, the others grow by `1 / (1 - rate)`. Needs a key named `dropout`."""
+    return nn.Dropout(rate, deterministic=False)(x) if train and rate else x
+
+
 def _affine(module: nn.Module, y: Array) -> Array:
     scale = module.param("scale", nn.initializers.ones, (y.shape[-1],))
     bias = module.param("bias", nn.initializers.zeros, (y.shape[-1],))
