@@ -52,6 +52,19 @@ def voxel_measures(counts: VoxelCounts, r: float = R) -> dict[str, float]:
     }
 
 
+def dice(predicted: np.ndarray, reference: np.ndarray) -> float:
+    """`2TP / (FP + 2TP + FN)` of two boolean masks; 1 where both are empty."""
+    return voxel_measures(count_voxels(predicted, reference))["dice"]
+
+
+def normalised_dice(predicted: np.ndarray, reference: np.ndarray, r: float = R) -> float:
+    """nDSC of two boolean masks, see `voxel_measures`: Dice with false positives scaled to a lesion load of `r`.
+
+    `V` counts all voxels of the array, so the value depends on the field of view.
+    """
+    return voxel_measures(count_voxels(predicted, reference), r)["ndsc"]
+
+
 def ratio(numerator: Any, denominator: Any) -> Any:
     """`numerator / denominator`, elementwise for arrays, NaN where the denominator is 0.
 
