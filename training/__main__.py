@@ -13,9 +13,11 @@ from typing import Any
 
 from training.cases import Cases, read_cases
 from training.config import Config, changed, check, known_configs, load_config
+from training.cross_validation import evaluate_held_out
 from training.files import Stopped
 from training.planned import PLANNED, planned
 from xaiseg.errors import InputError
+from xaiseg.imaging import Case
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings += [f"{name}={getattr(args, name)}" for name in ("steps", "seed") if getattr(args, name) is not None]
     with _Stopping() as stopping:
         try:
-            folder = _run(args, settings, stopping)
+            folder = _cross_validate(args, settings, stopping) if args.fold is None else _run(args, settings, stopping)
         except InputError as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
@@ -35,13 +37,53 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
             return 130
-    print(f"model folder: {folder}")
+    print(f"evaluation: {folder}" if args.fold is None else f"model folder: {folder}")
     return 0
 
 
+def _cross_validate(args: argparse.Namespace, settings: Sequence[str], stopping: "_Stopping") -> Path:
+    """Each fold held out in turn, in `DIR/fold-0`, …; folds that are done cost nothing when the command is given again."""
+    if not (args.folds or args.splits):
+        raise InputError("--fold all: expected folds: give --folds K or --splits TSV")
+    held_out: list[list[Case]] = []
+    count = 1  # until the cases are read
+    while len(held_out) < count:
+        number = len(held_out)
+        of_fold = argparse.Namespace(**{**vars(args), "fold": number, "out": args.out / f"fold-{number}"})
+        config, cases, plans = _config_and_cases(of_fold, settings)
+        count = len(cases.folds)
+        held_out.append(cases.validation)
+        print(f"fold {number} of {count}, held out: {', '.join(case.name for case in cases.validation)}", flush=True)
+        _train(of_fold, settings, stopping, config, cases, plans)
+    if len(config.thresholds) > 1 or config.steps > config.validate_every:
+        print("note: step or threshold are those that were best on the held-out cases, so the numbers are optimistic")
+    return evaluate_held_out(args.out, config.channels, held_out)
+
+
 def _run(args: argparse.Namespace, settings: Sequence[str], stopping: "_Stopping") -> Path:
+    return _train(args, settings, stopping, *_config_and_cases(args, settings))
+
+
+def _train(
+    args: argparse.Namespace, settings: Sequence[str], stopping: "_Stopping", config: Config, cases: Cases, plans: str
+) -> Path:
     from training.loop import train  # says so where an optional library is missing
 
+    return train(
+        config,
+        cases,
+        args.out,
+        _command(args, settings),
+        lambda line: print(line, flush=True),
+        devices=args.devices,
+        stop=lambda: stopping.signal is not None,
+        tensorboard=args.tensorboard,
+        plans=plans,
+    )
+
+
+def _config_and_cases(args: argparse.Namespace, settings: Sequence[str]) -> tuple[Config, Cases, str]:
+    """And nnU-Net's plans, where the config asks for them."""
     config, plans = load_config(args.config), ""
     # what is set counts more than what is planned, and may not fit without it
     own = settings if not config.planner else [s for s in settings if re.split("[.=]", s)[0] not in PLANNED]
@@ -54,17 +96,7 @@ def _run(args: argparse.Namespace, settings: Sequence[str], stopping: "_Stopping
         raise InputError(
             f"--plans: config {args.config} has no planner; expected one that has, nnunet: leave --plans out"
         )
-    return train(
-        config,
-        cases,
-        args.out,
-        _command(args, settings),
-        lambda line: print(line, flush=True),
-        devices=args.devices,
-        stop=lambda: stopping.signal is not None,
-        tensorboard=args.tensorboard,
-        plans=plans,
-    )
+    return config, cases, plans
 
 
 class _Stopping:
@@ -108,7 +140,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="K",
         help="instead: split the patients into K folds of like lesion load; K = patients leaves one out at a time",
     )
-    parser.add_argument("--fold", type=int, default=0, metavar="I", help="the fold to hold out, from 0")
+    parser.add_argument(
+        "--fold",
+        type=lambda text: None if text == "all" else int(text),
+        default=0,
+        metavar="I",
+        help="the fold to hold out, from 0; all: each in turn, then `xaiseg evaluate` of all held-out cases together",
+    )
     parser.add_argument(
         "--splits", type=Path, metavar="TSV", help="instead: folds as a splits.tsv names them, as a run writes it"
     )
