@@ -1,6 +1,7 @@
 """`python -m training --config NAME --out DIR`: see `--help`."""
 
 import argparse
+import logging
 import re
 import shlex
 import signal
@@ -23,6 +24,8 @@ from xaiseg.imaging import Case
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0 done, 1 refused, 130 stopped by Ctrl-C, 143 by SIGTERM; both with the state saved."""
     args = _parser().parse_args(arguments)
+    # Orbax writes in threads of its own, and logs a traceback for what is raised here afterwards and reported in one line
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     settings = list(args.set)
     settings += [f"{name}={getattr(args, name)}" for name in ("steps", "seed") if getattr(args, name) is not None]
     with _Stopping() as stopping:
@@ -30,6 +33,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             folder = _cross_validate(args, settings, stopping) if args.fold is None else _run(args, settings, stopping)
         except InputError as error:
             print(f"error: {error}", file=sys.stderr)
+            return 1
+        except OSError as error:  # of the disk, a log line or a table that found no room
+            print(
+                f"error: {error.filename or args.out}: {error.strerror or error}; what was saved before is intact: mend that and "
+                "give the same command again",
+                file=sys.stderr,
+            )
             return 1
         except Stopped as stopped:
             print(f"{stopped}; the same command goes on from there", file=sys.stderr)

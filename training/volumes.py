@@ -1,5 +1,6 @@
 """Cases as arrays: normalised once, kept in the run's folder and memory-mapped, so a cohort may exceed the memory."""
 
+import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -68,14 +69,22 @@ def make_volume(name: str, image: np.ndarray, reference: np.ndarray) -> Volume:
 def cached(folder: Path, name: str, make: Callable[[], tuple[np.ndarray, np.ndarray]]) -> Volume:
     """The volume stored under `folder/name`, made and stored first where it is not there yet.
 
-    It is assembled beside its place and renamed, so that a run killed meanwhile leaves none that is half written.
+    It is assembled beside its place and renamed, so that a run killed meanwhile leaves none that is half written. Raises InputError
+    where it cannot be written.
     """
     place = folder / name
     if not place.is_dir():
         volume = make_volume(name, *make())
-        staging = Path(tempfile.mkdtemp(prefix=".", dir=folder))
-        staging.chmod(0o755)
-        for field in Volume._fields[1:]:
-            np.save(staging / f"{field}.npy", getattr(volume, field))
-        staging.rename(place)
+        try:
+            staging = Path(tempfile.mkdtemp(prefix=".", dir=folder))
+            staging.chmod(0o755)
+            for field in Volume._fields[1:]:
+                np.save(staging / f"{field}.npy", getattr(volume, field))
+            staging.rename(place)
+        except OSError as error:
+            free = shutil.disk_usage(folder).free // 2**20
+            raise InputError(
+                f"{place}: cannot be written ({error.strerror or error}; {free} MiB are free): make room, or choose another "
+                "folder with --out, and give the same command again"
+            ) from error
     return Volume(name, *(np.load(place / f"{field}.npy", mmap_mode="r") for field in Volume._fields[1:]))

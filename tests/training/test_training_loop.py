@@ -1,5 +1,6 @@
 """The loop: it learns, it resumes to the bit, it leaves a model folder, and it refuses what cannot be."""
 
+import errno
 import json
 import os
 import signal
@@ -322,28 +323,39 @@ def test_nnunet_plans_from_the_cases_and_its_model_segments_them(
     assert capsys.readouterr().err.startswith("error: --plans: config unet_cpu has no planner")
 
 
+def test_a_log_line_that_finds_no_room(bids, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, add = bids
+    add("sub-01")
+
+    def full(self: Log, step: int, **entry: float) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(self.file))
+
+    monkeypatch.setattr(Log, "write", full)
+    command = [*small_run(folder)[3:], "--out", str(tmp_path / "run")]
+    command[command.index("--validation") + 1] = ""
+    assert main(command) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {tmp_path / 'run' / 'log.jsonl'}: No space left on device; what was saved before")
+
+
+def small_run(folder: Path) -> list[str]:
+    """The command for 60 quick steps, but for its `--out`."""
+    settings = (
+        'options={"channels":[4,8],"strides":[2]} patch=8,8,8 window=16,16,16 validate_every=10 checkpoint_every=3 '
+        "log_every=1 steps=60 average=0.9"
+    )
+    command = [sys.executable, "-m", "training", "--config", "unet_cpu"]
+    command += ["--data", str(folder), "--validation", "sub-02"]
+    return command + [word for setting in settings.split() for word in ("--set", setting)]
+
+
 @pytest.mark.slow
 def test_killed_at_any_moment_it_goes_on(bids, tmp_path: Path) -> None:
     """Killed (SIGKILL) three times, each time some steps on, and then stopped (SIGTERM), a run ends as one that was left alone."""
     folder, add = bids
     for name in ("sub-01", "sub-02"):
         add(name)
-    settings = (
-        'options={"channels":[4,8],"strides":[2]} patch=8,8,8 window=16,16,16 validate_every=10 checkpoint_every=3 '
-        "log_every=1 steps=60 average=0.9"
-    )
-    command = [
-        sys.executable,
-        "-m",
-        "training",
-        "--config",
-        "unet_cpu",
-        "--data",
-        str(folder),
-        "--validation",
-        "sub-02",
-    ]
-    command += [word for setting in settings.split() for word in ("--set", setting)]
+    command = small_run(folder)
 
     def run(out: Path, until: int | None = None, how: int = signal.SIGKILL) -> int:
         """Exit status; until a step was logged, for ever if None, and then a signal."""
@@ -360,3 +372,42 @@ def test_killed_at_any_moment_it_goes_on(bids, tmp_path: Path) -> None:
     assert run(tmp_path / "parts") == 0
     assert model_hash(load_model(tmp_path / "whole" / "model")) == model_hash(load_model(tmp_path / "parts" / "model"))
     assert [e["step"] for e in entries(tmp_path / "parts") if "loss" in e] == list(range(1, 61))
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_up(bids, tmp_path: Path) -> None:
+    """One line says so; with room again, the same command ends as a run that never stopped."""
+    folder, add = bids
+    for name in ("sub-01", "sub-02"):
+        add(name)
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)]
+    try:
+        mounted = subprocess.run(mount, capture_output=True, text=True)
+    except FileNotFoundError:
+        pytest.skip("no mount command here, so no small disk")
+    if mounted.returncode:
+        pytest.skip(f"a small disk cannot be mounted here: {mounted.stderr.strip()}")
+    try:
+        command, run = small_run(folder), disk / "run"
+        with subprocess.Popen(
+            [*command, "--out", str(run)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        ) as process:
+            assert process.stdout is not None
+            assert process.stderr is not None
+            for line in process.stdout:
+                if line.startswith("step 7/"):
+                    subprocess.run(["dd", "if=/dev/zero", f"of={disk / 'fill'}"], capture_output=True, check=False)
+            said = process.stderr.read()
+            assert process.wait() == 1
+        (line,) = said.strip().splitlines()
+        assert line.startswith(f"error: {run / 'checkpoints'}: a checkpoint could not be written")
+        assert "make room and give the same command again" in line
+        (disk / "fill").unlink()
+        subprocess.run([*command, "--out", str(run)], cwd=ROOT, check=True, capture_output=True)
+        subprocess.run([*command, "--out", str(tmp_path / "whole")], cwd=ROOT, check=True, capture_output=True)
+        ends = [model_hash(load_model(out / "model")) for out in (run, tmp_path / "whole")]
+        assert ends[0] == ends[1]
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)

@@ -7,7 +7,8 @@ import pytest
 from training import volumes
 from training.cases import read_cases
 from training.config import Config
-from training.volumes import make_volume, volume_of_case, volume_of_phantom
+from training.volumes import cached, make_volume, volume_of_case, volume_of_phantom
+from xaiseg.errors import InputError
 from xaiseg.imaging import load_scan
 from xaiseg.imaging.phantom import phantom
 
@@ -55,3 +56,23 @@ def test_indices_of_lesion_and_of_the_rest_of_the_brain() -> None:
     volume = make_volume("case", image, reference)
     assert (volume.lesion.tolist(), volume.other.tolist()) == ([1], [0, 2])
     assert len(make_volume("all", image[:1, :1, 1:2], reference[:1, :1, 1:2]).other) == 0
+
+
+def test_a_volume_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that is full after the first array: one error, and no volume that would be taken for a whole one."""
+    save = np.save
+
+    def full(file: str, array: np.ndarray) -> None:
+        if "reference" in str(file):
+            raise OSError("3411968 requested and 2096096 written")  # what numpy says then, without a number or a name
+        save(file, array)
+
+    def draw() -> tuple[np.ndarray, np.ndarray]:
+        return np.ones((4, 4, 4, 2), np.float32), np.zeros((4, 4, 4), bool)
+
+    monkeypatch.setattr(np, "save", full)
+    with pytest.raises(InputError, match=r"a-case: cannot be written .3411968 requested.*make room"):
+        cached(tmp_path, "a-case", draw)
+    monkeypatch.undo()
+    assert not (tmp_path / "a-case").exists()
+    assert cached(tmp_path, "a-case", draw).image.shape == (4, 4, 4, 2)
