@@ -24,8 +24,9 @@ from xaiseg.imaging import Case
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0 done, 1 refused, 130 stopped by Ctrl-C, 143 by SIGTERM; both with the state saved."""
     args = _parser().parse_args(arguments)
-    # Orbax writes in threads of its own, and logs a traceback for what is raised here afterwards and reported in one line
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    # Orbax writes in threads of its own, which log tracebacks for what is raised here afterwards and reported in one line
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     settings = list(args.set)
     settings += [f"{name}={getattr(args, name)}" for name in ("steps", "seed") if getattr(args, name) is not None]
     with _Stopping() as stopping:
