@@ -10,6 +10,7 @@ from xaiseg.cohort import Request, segment
 pytestmark = pytest.mark.data
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("named_by", ["bids", pytest.param("manifest", marks=pytest.mark.slow)])
 def test_dice_of_a_real_scan(shared: Path, tmp_path: Path, named_by: str) -> None:
     source = shared / "data" / "open_ms"

@@ -85,6 +85,7 @@ def test_lesions_are_measured_in_voxels_of_the_input(run):
         np.testing.assert_allclose(found, centroid, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_maps_are_those_of_the_network_and_placed_where_it_saw_them(run, model, cases):
     """Rows of the predictor on the preprocessed image, voxel by voxel through `jax.jacrev`, found again by world coordinates."""
     loaded = load_model(model)

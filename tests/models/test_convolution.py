@@ -103,6 +103,7 @@ def test_derivatives_are_finite_differences_in_float64(c_in):
         check_grads(down_and_up, (x, kernel, back), order=1, modes=("fwd", "rev"), atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_vmap_is_the_loop():
     x, kernel = arrays(5, (3, 2, 6, 5, 4, 2), (3, 3, 3, 2, 3))
 

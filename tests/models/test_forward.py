@@ -50,6 +50,7 @@ def image(shape=(1, *WINDOW, 2), seed=5):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("members", "mirror_axes"),
     [
@@ -90,6 +91,7 @@ def test_a_loop_over_the_passes_gives_the_same(members, mirror_axes):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
 
 
+@pytest.mark.slow
 def test_gradients_flow_through_members_and_mirrors():
     """Against central differences of the mean written by hand, along a random direction, in float32: 1e-2 of the slope."""
     model, x = ensemble(("a", "b"), (1,)), image()

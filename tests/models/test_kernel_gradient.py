@@ -33,6 +33,18 @@ def looped(x, cotangent, window, strides):
     return kernel
 
 
+def learnt(layer, kernel):
+    """The gradient of a learnt kernel for a random cotangent, and that."""
+    cotangent = random(2, *jax.eval_shape(layer, kernel).shape)
+
+    @jax.jit
+    def gradient(kernel):
+        with learnt_kernels():
+            return jax.vjp(layer, kernel)[1](cotangent)[0]
+
+    return gradient(kernel), cotangent
+
+
 def random(seed, *shape):
     return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
 
@@ -41,10 +53,7 @@ def random(seed, *shape):
 def test_a_loop_over_positions(window, strides, padding):
     x, kernel = random(0, 2, *GRID, IN), random(1, *window, IN, OUT)
     sides = [(padding, padding)] * 3
-    with learnt_kernels():
-        y, pull = jax.vjp(lambda k: conv(x, k, strides, sides, "folded"), jnp.asarray(kernel))
-        cotangent = random(2, *y.shape)
-        (got,) = pull(jnp.asarray(cotangent))
+    got, cotangent = learnt(lambda k: conv(x, k, strides, sides, "folded"), kernel)
     padded = np.pad(np.float64(x), ((0, 0), *sides, (0, 0)))
     expected = looped(padded, np.float64(cotangent), window, strides)
     # float32 sums of at most 672 products of size one, beside sums of size 20
@@ -56,10 +65,7 @@ def test_a_loop_over_positions_of_the_transposed(window, strides, padding):
     x, kernel = random(0, 2, *GRID, OUT), random(1, *window, IN, OUT)
     sides = [(padding, padding)] * 3
     extra = [s - 1 for s in strides]
-    with learnt_kernels():
-        y, pull = jax.vjp(lambda k: conv_transpose(x, k, strides, sides, extra, "folded"), jnp.asarray(kernel))
-        cotangent = random(2, *y.shape)
-        (got,) = pull(jnp.asarray(cotangent))
+    got, cotangent = learnt(lambda k: conv_transpose(x, k, strides, sides, extra, "folded"), kernel)
     padded = np.pad(np.float64(cotangent), ((0, 0), *sides, (0, 0)))
     expected = looped(padded, np.float64(x), window, strides)
     np.testing.assert_allclose(got, expected, atol=1e-5 * np.abs(expected).max())  # as above

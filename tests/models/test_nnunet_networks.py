@@ -111,6 +111,7 @@ def test_taps_of_the_residual_encoder():
     assert all(taps[f"encoder{s}"] == plain[f"encoder{s}"] for s in range(3))
 
 
+@pytest.mark.slow
 def test_each_offset_is_added_at_its_tap():
     shapes, _, empty = tapped(RESIDUAL)
     rng = np.random.default_rng(0)

@@ -244,6 +244,7 @@ def test_tiles_give_the_maps_of_whole_windows(unet, target, margin):
     assert np.abs(tiled[1].values).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_tiles_are_brute_force_and_skip_what_their_field_does_not_hold(unet):
     lesion, patch = UNET_LESIONS[2], (8, 9, 10)
     expected = brute_force(unet, UNET_IMAGE, lesion, jnp.zeros_like(UNET_IMAGE), patch, patch)

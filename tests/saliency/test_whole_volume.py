@@ -74,6 +74,7 @@ def test_a_row_is_computed_on_the_field_of_its_tile_alone(model):
     assert found.values.shape[2] == predictor.local_fn.field[2] == 19
 
 
+@pytest.mark.slow
 def test_a_network_with_statistics_of_the_whole_volume(rows):
     spec = ModelSpec("unet", {"channels": [3, 4], "strides": [2], "norm": "instance"}, ("FLAIR", "T1w"), (8, 8, 8))
     variables = build_network(spec).init(jax.random.key(3), jnp.zeros((1, 8, 8, 8, 2)))
@@ -100,6 +101,7 @@ def test_a_network_of_slices_takes_no_whole_volume():
         StitchedPredictor.of(flat, whole_volume=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(22, 13, 6), (5, 13, 30)])
 def test_a_volume_thinner_than_a_tile(model, shape):
     predictor = StitchedPredictor.of(model, whole_volume=True)

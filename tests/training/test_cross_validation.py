@@ -29,6 +29,7 @@ def rows(table: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file, delimiter="\t"))
 
 
+@pytest.mark.slow
 def test_every_case_by_the_model_that_has_not_seen_it(bids, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, add = bids
     for name in ("sub-01", "sub-02_ses-1", "sub-02_ses-2", "sub-03"):

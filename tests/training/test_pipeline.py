@@ -201,6 +201,7 @@ def eventually(holds: Callable[[], bool], seconds: float = 5.0) -> bool:
     return holds()
 
 
+@pytest.mark.slow
 def test_worker_processes_give_the_same_and_end(tmp_path: Path) -> None:
     volume = stored(tmp_path / "a", ramp())
     whole = read([volume])

@@ -79,6 +79,7 @@ def test_sgd_takes_decay_into_momentum_as_pytorch_does(tiny: Config) -> None:
         assert float(w) == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_accumulated_batches_are_one_large_one(tiny: Config) -> None:
     """Without batch norm, and with a loss that is a mean over items."""
     options = {**tiny.options, "norm": "instance"}
@@ -109,6 +110,7 @@ def test_the_average_follows_the_parameters(tiny: Config) -> None:
     close(state.average, expected)
 
 
+@pytest.mark.slow
 def test_coarser_grids_are_supervised(tiny: Config) -> None:
     options = {
         "filters": [4, 6, 8, 8],
@@ -127,6 +129,7 @@ def test_coarser_grids_are_supervised(tiny: Config) -> None:
     assert moved["head2"] < moved["head1"] / 10
 
 
+@pytest.mark.slow
 def test_bfloat16_keeps_float32_masters(tiny: Config) -> None:
     config = replace(tiny, augmentation=PLAIN)
     _, exact = run(config, 3)

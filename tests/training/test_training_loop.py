@@ -44,6 +44,7 @@ def entries(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_the_loss_falls_and_the_lesion_is_found(tiny: Config, cases: Cases, tmp_path: Path) -> None:
     config = replace(tiny, steps=80, validate_every=40, checkpoint_every=80, thresholds=(0.3, 0.5, 0.7))
     loop.train(config, cases, tmp_path / "run", "the command", silent)
@@ -299,6 +300,7 @@ def test_command(bids, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert capsys.readouterr().err.startswith("error: --data: config example draws synthetic brains")
 
 
+@pytest.mark.slow
 def test_nnunet_plans_from_the_cases_and_its_model_segments_them(
     bids, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
