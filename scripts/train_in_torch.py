@@ -29,6 +29,7 @@ from training.optimiser import learning_rate_of  # noqa: E402
 from training.validate import validate  # noqa: E402
 from xaiseg.checkpoints import monai_unet, save_model  # noqa: E402
 from xaiseg.checkpoints.mapping import Given  # noqa: E402
+from xaiseg.errors import InputError  # noqa: E402
 from xaiseg.models import Model  # noqa: E402
 
 _SMOOTH = 1e-5
@@ -109,14 +110,15 @@ def _loss(config: Config, logits: Any, g: Any) -> Any:
 
 def _check(config: Config) -> None:
     """What is not written here in PyTorch is refused, not left out."""
-    plain = {"architecture": "unet", "optimiser": "adamw", "clip": 0.0, "accumulate": 1, "precision": "float32"}
-    for name, value in plain.items():
+    only = {"architecture": "unet", "optimiser": "adamw", "clip": 0.0, "accumulate": 1, "precision": "float32"}
+    only |= {"focal_activation": "softmax", "planner": "", "preprocessing": {}, "phantoms": (), "synthetic": 0}
+    for name, value in only.items():
         if getattr(config, name) != value:
             sys.exit(f"{name} is {getattr(config, name)!r}; this script has only {value!r}: --set {name}={value}")
+    if unknown := sorted(set(config.options) - {"channels", "strides", "norm"}):
+        sys.exit(f"options.{unknown[0]} is not in this script; expected channels, strides and norm only")
     if config.schedule == "plateau" or config.loss.get("blob") or config.options.get("norm") != "batch":
         sys.exit("plateau, blob loss and norms other than batch are not in this script")
-    if config.options.get("residual_units") or config.heads:
-        sys.exit("residual units and deep supervision are not in this script")
 
 
 def _arguments() -> argparse.Namespace:
@@ -131,4 +133,7 @@ def _arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"error: {error}")

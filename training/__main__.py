@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 128 + (stopping.signal or signal.SIGINT)
         except KeyboardInterrupt:
             print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
-            return 130
+            return 128 + (stopping.signal or signal.SIGINT)
     print(f"evaluation: {folder}" if args.fold is None else f"model folder: {folder}")
     return 0
 
@@ -68,7 +68,8 @@ def _cross_validate(args: argparse.Namespace, settings: Sequence[str], stopping:
         _train(of_fold, settings, stopping, config, cases, plans)
     if len(config.thresholds) > 1 or config.steps > config.validate_every:
         print("note: step or threshold are those that were best on the held-out cases, so the numbers are optimistic")
-    return evaluate_held_out(args.out, config.channels, held_out)
+    stopping.at_once = True  # nothing of what follows needs to be saved
+    return evaluate_held_out(args.out, config.channels, held_out, cases.patients or {})
 
 
 def _run(args: argparse.Namespace, settings: Sequence[str], stopping: "_Stopping") -> Path:
@@ -111,16 +112,18 @@ def _config_and_cases(args: argparse.Namespace, settings: Sequence[str]) -> tupl
 
 
 class _Stopping:
-    """Remembers the first Ctrl-C or SIGTERM, after which the step at hand is finished and saved; the second interrupts at once."""
+    """Remembers the first Ctrl-C or SIGTERM, after which the step at hand is finished and saved; the second interrupts at once, and
+    the first does where `at_once` says so."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self.at_once = False
         self._before: dict[int, Any] = {}
 
     def _note(self, number: int, frame: FrameType | None) -> Any:
-        if self.signal is not None:
+        again, self.signal = self.signal is not None, number
+        if again or self.at_once:
             raise KeyboardInterrupt
-        self.signal = number
 
     def __enter__(self) -> "_Stopping":
         if threading.current_thread() is threading.main_thread():
@@ -130,6 +133,12 @@ class _Stopping:
     def __exit__(self, *_: Any) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+
+def _fold(text: str) -> int | None:
+    if text != "all" and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number from 0 on nor 'all'")
+    return None if text == "all" else int(text)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -153,7 +162,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--fold",
-        type=lambda text: None if text == "all" else int(text),
+        type=_fold,
         default=0,
         metavar="I",
         help="the fold to hold out, from 0; all: each in turn, then `xaiseg evaluate` of all held-out cases together",
@@ -190,6 +199,8 @@ def _cases(args: argparse.Namespace, config: Config) -> Cases:
         return Cases([], [])
     if not args.data:
         raise InputError(f"--data: missing; config {args.config} needs scans: give a BIDS folder or a manifest")
+    if args.fold and not (args.folds or args.splits):
+        raise InputError(f"--fold {args.fold}: expected folds to choose from: give --folds K or --splits TSV")
     if sum(map(bool, (args.validation, args.folds, args.splits))) > 1:
         raise InputError("--validation, --folds, --splits: expected one of them: leave the others out")
     named = [name for name in args.validation.split(",") if name]

@@ -42,7 +42,7 @@ def read_cases(
     """
     found = [(path, case) for path in map(Path, data) for case in read_input(path, channels)]
     names = [case.name for _, case in found]
-    # Two inputs may use one subject label for two people, so a patient is told by input and subject.
+    # Two inputs may use one label for two people, so a patient is told by input and label.
     patients: dict[str, str] = {}
     cases: dict[str, Case] = {}
     for path, case in found:
@@ -58,7 +58,7 @@ def read_cases(
                 "add it, or list the cases that have one in a manifest"
             )
         cases[case.name] = case
-        patients[case.name] = f"{_stem(path)}:{case.subject}" if len(data) > 1 else case.subject
+        patients[case.name] = f"{_stem(path)}:{case.patient}" if len(data) > 1 else case.patient
     preflight(list(cases.values()), channels)
     if folds is None and splits is None:
         return Cases(*_sides(cases, patients, list(validation), "--validation"))
@@ -74,7 +74,7 @@ def read_cases(
     if not 0 <= fold < len(parts):
         raise InputError(f"--fold {fold}: expected one of 0 to {len(parts) - 1}: correct it")
     training, held_out = _sides(cases, patients, list(parts[fold]), where)
-    return Cases(training, held_out, parts if folds else (), patients, loads)
+    return Cases(training, held_out, parts, patients, loads)
 
 
 def _sides(

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import json
+import math
 import pkgutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -198,7 +199,8 @@ def check(config: Config) -> Config:
     rules += [(name, 0 <= getattr(config, name) < 1, "0 or more and less than 1") for name in ("momentum", "average")]
     not_negative = ("seed", "weight_decay", "focal_gamma", "warmup", "clip", "patience", "margin", "synthetic")
     rules += [(name, getattr(config, name) >= 0, "0 or more") for name in not_negative]
-    rules += [(name, getattr(config, name) > 0, "a positive number") for name in ("learning_rate", "dice_r")]
+    rules += [("learning_rate", 0 < config.learning_rate < math.inf, "a positive number")]
+    rules += [("dice_r", 0 < config.dice_r < 1, "a number between 0 and 1")]
     rules += [
         ("optimiser", config.optimiser in OPTIMISERS, f"one of {', '.join(OPTIMISERS)}"),
         ("schedule", config.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
@@ -222,24 +224,45 @@ def check(config: Config) -> Config:
         expected_variables(replace(spec, window=(x, y, z)))
     except ValueError as error:
         raise InputError(f"config: patch is {config.patch}: {error}") from error
+    except (TypeError, AttributeError, ArithmeticError) as error:
+        raise InputError(
+            f"config: options {config.options} make no {config.architecture} ({error}); expected values of the kinds that "
+            "its other configs have: correct them"
+        ) from error
     return config
 
 
 def _are_weights(loss: dict[str, float]) -> bool:
-    return all(w >= 0 for w in loss.values()) and any(w > 0 for w in loss.values())
+    numbers = all(isinstance(w, int | float) and not isinstance(w, bool) for w in loss.values())
+    return numbers and all(w >= 0 for w in loss.values()) and any(w > 0 for w in loss.values())
 
 
 def _value(setting: str, text: str, old: Any) -> Any:
     """`text` as a value of the kind of an old one: text, a number, a tuple separated by commas, or JSON where nothing was there."""
+    if dataclasses.is_dataclass(old):
+        name, part = setting.partition("=")[0], fields(old)[0].name
+        raise InputError(f"--set {setting}: {name} has parts; expected one of them, as {name}.{part}=…: name it")
     try:
         if isinstance(old, bool):
             return {"true": True, "false": False, "1": True, "0": False}[text.lower()]
         if isinstance(old, tuple):
             parts = [part.strip() for part in text.strip("()").split(",") if part.strip()]
-            return tuple(part if part[:1].isalpha() else json.loads(part) for part in parts)
+            return _alike(tuple(part if part[:1].isalpha() else json.loads(part) for part in parts), old)
         if isinstance(old, int | float | str):
             return type(old)(text)
-        return json.loads(text)
+        return _alike(json.loads(text), old)
     except (ValueError, KeyError) as error:
         kind = type(old).__name__ if old is not None else "JSON"
         raise InputError(f'--set {setting}: expected {kind}, as 1, 64,64,64 or {{"a": 1}}: correct it') from error
+
+
+def _alike(new: Any, old: Any) -> Any:
+    """`new`. Raises ValueError unless it is of the kind of `old`: dict, list, or tuple of text, of whole numbers or of any."""
+    if isinstance(old, dict | list) and not isinstance(new, type(old)):
+        raise ValueError("another kind")
+    if isinstance(old, tuple):
+        # what is empty holds seeds of phantoms
+        kind = str if old and isinstance(old[0], str) else int if all(isinstance(v, int) for v in old) else int | float
+        if not all(isinstance(value, kind) and not isinstance(value, bool) for value in new):
+            raise ValueError("values of another kind")
+    return new

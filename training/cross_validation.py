@@ -1,6 +1,6 @@
 """Every case segmented by the model that has not seen its patient, and all of them evaluated together."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from training.files import write_whole
@@ -12,9 +12,12 @@ from xaiseg.imaging import Case
 from xaiseg.metrics import EvaluationSettings
 
 
-def evaluate_held_out(out: Path, channels: Sequence[str], held_out: Sequence[Sequence[Case]]) -> Path:
+def evaluate_held_out(
+    out: Path, channels: Sequence[str], held_out: Sequence[Sequence[Case]], patients: Mapping[str, str]
+) -> Path:
     """What `xaiseg segment` makes of the held-out cases of `out/fold-0`, …, with each fold's model, and `xaiseg evaluate` of all.
 
+    patients: of each case, by name: the splits' own, so that intervals come from the same patients.
     Writes `segmentation/` into each fold's folder, and `predictions.tsv` and `evaluation/` into `out`; returns the last. Raises
     InputError where a scan cannot be used.
     """
@@ -25,8 +28,10 @@ def evaluate_held_out(out: Path, channels: Sequence[str], held_out: Sequence[Seq
         _write(manifest, ["case", *channels, "reference"], [_cells(case, channels) for case in cases])
         segment(load_model(fold / "model"), Request(manifest, fold / "segmentation", overwrite=True))
         pairs = find_pairs(manifest, channels, fold / "segmentation")
-        rows += [[pair.case.name, str(pair.reference), str(pair.prediction)] for pair in pairs]
-    _write(out / "predictions.tsv", ["case", "reference", "prediction"], rows)
+        for pair in pairs:
+            name = pair.case.name
+            rows.append([name, patients[name], str(pair.reference), str(pair.prediction)])
+    _write(out / "predictions.tsv", ["case", "patient", "reference", "prediction"], rows)
     evaluate(EvaluationRequest(out / "predictions.tsv", out / "evaluation", overwrite=True), EvaluationSettings())
     return out / "evaluation"
 

@@ -6,6 +6,7 @@ model so far; `tensorboard/`, where asked for, the log again.
 """
 
 import json
+import math
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -42,6 +43,14 @@ def open_folder(out: Path, config: Config, cases: Cases) -> Path:
     return out
 
 
+def _step_of(line: str) -> float:
+    """Of a line of the log; infinity for one that was cut off, which is then written again."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
+        return math.inf
+
+
 class Log:
     """`log.jsonl`, opened to go on after `step`: lines of later steps, which will come again, are removed. A context.
 
@@ -52,7 +61,7 @@ class Log:
         self.file = file = out / "log.jsonl"
         self._board = _board(out / "tensorboard", step) if tensorboard else None
         lines = file.read_text().splitlines() if file.is_file() else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+        kept = [line for line in lines if _step_of(line) <= step]
         write_whole(file, "".join(f"{line}\n" for line in kept))
 
     def write(self, step: int, **entry: float) -> None:

@@ -111,6 +111,10 @@ def train(
                     break
                 if stopping:
                     raise Stopped(f"stopped after step {done}")
+    if not (out / "model").is_dir():
+        raise InputError(
+            f"{out / 'model'}: missing, although the run is finished; expected its model: remove {out} to train again"
+        )
     return out / "model"
 
 
@@ -125,6 +129,8 @@ def _validated(
 ) -> tuple[State, Score]:
     """The state with what it now knows of its best, whose model is exported before the checkpoint of this step is written: a run
     killed in between validates and exports again."""
+    if not all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params)):
+        raise InputError(f"{out}: parameters that are no numbers at step {done}; expected numbers: lower learning_rate")
     score = max(validate(model_of(config, state, done, command), validation, config.thresholds), key=lambda s: s.ndsc)
     if score.ndsc <= float(state.best):
         return state._replace(stale=state.stale + np.int32(1)), score

@@ -16,7 +16,7 @@ import numpy as np
 from absl import flags
 from numpy.random import Generator
 
-from training.volumes import Volume
+from training.volumes import Volume, open_volume
 from xaiseg.errors import InputError
 from xaiseg.instances import label_components
 
@@ -59,7 +59,7 @@ class VolumeCache:
             if number in self._kept:
                 self._kept.move_to_end(number)
                 return self._kept[number][0]
-        mapped = _open(volume)
+        mapped = open_volume(volume)
         size = sum(array.nbytes for array in mapped[1:])
         if size > self._max_bytes:
             return mapped
@@ -324,13 +324,3 @@ def _folder_of(volume: Volume | Path) -> Volume | Path:
     """The folder of a mapped volume, which, unlike its arrays, is small to send to a process."""
     image = volume.image if isinstance(volume, Volume) else None
     return Path(image.filename).parent if isinstance(image, np.memmap) and image.filename else volume
-
-
-def _open(folder: Path) -> Volume:
-    try:
-        return Volume(folder.name, *(np.load(folder / f"{field}.npy", mmap_mode="r") for field in Volume._fields[1:]))
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{folder}: cannot be read as a stored volume ({error}); expected {', '.join(Volume._fields[1:])}.npy: "
-            "remove the folder and start again, it is made anew"
-        ) from error

@@ -115,6 +115,7 @@ def batch_mesh(devices: int, batch: int) -> Mesh | None:
     available = jax.local_devices()
     if not 0 < devices <= len(available) or batch % devices:
         raise InputError(
-            f"{devices} devices: {len(available)} are there, and a batch of {batch} is shared evenly; give a divisor of {batch}"
+            f"{devices} devices: {len(available)} are there, and a batch of {batch} is shared evenly; give a divisor of {batch} "
+            f"of at most {len(available)}"
         )
     return Mesh(np.array(available[:devices]), ("batch",)) if devices > 1 else None

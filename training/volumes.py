@@ -87,4 +87,15 @@ def cached(folder: Path, name: str, make: Callable[[], tuple[np.ndarray, np.ndar
                 f"{place}: cannot be written ({error.strerror or error}; {free} MiB are free): make room, or choose another "
                 "folder with --out, and give the same command again"
             ) from error
-    return Volume(name, *(np.load(place / f"{field}.npy", mmap_mode="r") for field in Volume._fields[1:]))
+    return open_volume(place)
+
+
+def open_volume(folder: Path) -> Volume:
+    """A stored volume, memory-mapped. Raises InputError where it is damaged."""
+    try:
+        return Volume(folder.name, *(np.load(folder / f"{field}.npy", mmap_mode="r") for field in Volume._fields[1:]))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{folder}: cannot be read as a stored volume ({error}); expected {', '.join(Volume._fields[1:])}.npy: "
+            "remove the folder and start again, it is made anew"
+        ) from error

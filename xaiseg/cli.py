@@ -78,7 +78,7 @@ def _models(arguments: argparse.Namespace) -> int:
         print("\n".join(model_card(name).splitlines()[0].removeprefix("# ") for name in known))
         return 0
     if arguments.name not in known:
-        raise InputError(f"{arguments.name}: is no model of this package; known are {', '.join(known)}")
+        raise InputError(f"{arguments.name}: is no model of this package; known are {', '.join(known)}: choose one")
     print(model_card(arguments.name), end="")
     return 0
 

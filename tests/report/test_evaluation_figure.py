@@ -21,9 +21,9 @@ def cohort(scans, density=0.01):
         predicted, reference = (rng.random(SHAPE) < density * (n % 4) for _ in range(2))
         predicted |= reference & (rng.random(SHAPE) < 0.5)
         measures, found = evaluate_case(predicted, reference, Grid(SHAPE, np.eye(4)))
-        rows.append({"case": f"sub-$0{n}", "subject": str(n), **measures})
+        rows.append({"case": f"sub-$0{n}", "patient": str(n), "subject": str(n), **measures})
         lesions += found
-    return rows, lesions, summarise(rows, [row["subject"] for row in rows], 50)
+    return rows, lesions, summarise(rows, [row["patient"] for row in rows], 50)
 
 
 @pytest.mark.parametrize("scans", [1, 6])

@@ -1,6 +1,7 @@
 """`--fold all`: every case is evaluated once, as the model that has not seen it segments it."""
 
 import csv
+import signal
 from pathlib import Path
 
 import nibabel as nib
@@ -71,6 +72,46 @@ def test_what_was_chosen_on_the_held_out_is_said(bids, tmp_path: Path, capsys: p
     command += [word for setting in (*TINY, *SHORT, "thresholds=0.3,0.5") for word in ("--set", setting)]
     assert main(command) == 0, capsys.readouterr().err
     assert "so the numbers are optimistic" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_folds_as_a_table_names_them(bids, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every fold of it is trained and evaluated; its patients are those of the evaluation."""
+    folder, add = bids
+    for name in ("sub-01", "sub-02", "sub-03"):
+        add(name)
+    lines = ["case\tpatient\tload\tfold", *(f"sub-0{n}\t0{n}\t1.0\t{n % 2}" for n in (1, 2, 3))]
+    (tmp_path / "splits.tsv").write_text("\n".join(lines) + "\n")
+    command = ["--config", "ms_flair_t1w", "--data", str(folder), "--splits", str(tmp_path / "splits.tsv")]
+    command += ["--fold", "all", "--out", str(tmp_path / "runs")]
+    command += [word for setting in (*TINY, *SHORT) for word in ("--set", setting)]
+    assert main(command) == 0, capsys.readouterr().err
+    measured = rows(tmp_path / "runs" / "evaluation" / "cases.tsv")
+    assert [(row["case"], row["patient"]) for row in measured] == [("sub-02", "02"), ("sub-01", "01"), ("sub-03", "03")]
+
+
+def test_stopped_while_it_evaluates(bids, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is nothing to save then, so the first signal ends it."""
+    folder, add = bids
+    for name in ("sub-01", "sub-02"):
+        add(name)
+
+    def evaluated(*_: object) -> Path:
+        signal.raise_signal(signal.SIGTERM)
+        raise AssertionError("goes on")
+
+    monkeypatch.setattr("training.__main__.evaluate_held_out", evaluated)
+    monkeypatch.setattr("training.__main__._train", lambda *_: tmp_path)
+    command = ["--config", "ms_flair_t1w", "--data", str(folder), "--folds", "2", "--fold", "all"]
+    assert main([*command, "--out", str(tmp_path / "runs")]) == 128 + signal.SIGTERM
+    assert "stopped" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("fold", ["-1", "abc", "1.5"])
+def test_no_such_fold(fold: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--config", "unet_cpu", f"--fold={fold}", "--data", "x", "--out", "y"])
+    assert f"argument --fold: '{fold}' is neither a number from 0 on nor 'all'" in capsys.readouterr().err
 
 
 def test_without_folds(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -34,6 +34,42 @@ def test_cases_of_one_name_in_two_inputs_are_told_apart(bids, tmp_path: Path) ->
         read_cases([folder, folder], [], CHANNELS)
 
 
+def test_sessions_of_one_patient_stay_together_whatever_their_names(bids, tmp_path: Path) -> None:
+    """Two inputs with the same names; and names with more than BIDS' subject and session."""
+    folder, add = bids
+    for name in ("sub-01_ses-1", "sub-01_ses-2", "sub-02"):
+        add(name)
+
+    def table(name: str, cases: dict[str, str], patients: dict[str, str] | None = None) -> Path:
+        lines = ["\t".join(["case", *CHANNELS, "reference", *(["patient"] if patients else [])])]
+        for case, source in cases.items():
+            subject, _, session = source.partition("_")
+            place = Path(subject, session, "anat")
+            cells = [case, *(str(folder / place / f"{source}_{c}.nii.gz") for c in CHANNELS)]
+            cells.append(str(folder / "derivatives/manual" / place / f"{source}_label-L_mask.nii.gz"))
+            lines.append("\t".join([*cells, *([patients[case]] if patients else [])]))
+        (tmp_path / name).write_text("\n".join(lines) + "\n")
+        return tmp_path / name
+
+    same = {name: name for name in ("sub-01_ses-1", "sub-01_ses-2")}
+    two = [table("A.tsv", same), table("B.tsv", same)]
+    with pytest.raises(InputError, match="the same patient's A_sub-01_ses-2 would be trained on"):
+        read_cases(two, ["A_sub-01_ses-1"], CHANNELS)
+    cases = read_cases(two, [], CHANNELS, folds=2)
+    assert sorted(map(sorted, cases.folds)) == [[f"{x}_sub-01_ses-{n}" for n in (1, 2)] for x in "AB"]
+
+    runs = table(
+        "runs.tsv", {"sub-01_ses-1_run-1": "sub-01_ses-1", "sub-01_ses-1_run-2": "sub-01_ses-2", "sub-02": "sub-02"}
+    )
+    with pytest.raises(InputError, match="the same patient's sub-01_ses-1_run-2 would be trained on"):
+        read_cases([runs], ["sub-01_ses-1_run-1"], CHANNELS)
+    own = {"a": "sub-01_ses-1", "b": "sub-01_ses-2", "c": "sub-02"}
+    named = table("named.tsv", own, {"a": "p", "b": "q", "c": "p"})
+    with pytest.raises(InputError, match="the same patient's c would be trained on"):
+        read_cases([named], ["a"], CHANNELS)
+    assert names(read_cases([named], ["b"], CHANNELS).validation) == ["b"]
+
+
 def test_no_reference(bids) -> None:
     folder, add = bids
     add("sub-01")

@@ -30,7 +30,12 @@ from xaiseg.metrics.tuning import AIMS, TUNING, TuningGrid, choose, parse_tuning
 from xaiseg.report.evaluation import evaluation_figure
 
 _THRESHOLD = 0.5  # on probabilities where nothing else is said
-_CASE = {"case": "Case", "subject": "BIDS subject label: the patient", "session": "BIDS session label"}
+_CASE = {
+    "case": "Case",
+    "patient": "Whose scan it is: the manifest's column, else the subject; intervals resample patients",
+    "subject": "BIDS subject label",
+    "session": "BIDS session label",
+}
 _SAID = {
     "ndsc": "nDSC",
     "dice": "Dice",
@@ -103,7 +108,7 @@ def evaluate(
             rows.append(row)
             lesions += found
             masks += mask
-        summary = summarise(rows, [row["subject"] for row in rows], request.bootstrap, request.seed)
+        summary = summarise(rows, [row["patient"] for row in rows], request.bootstrap, request.seed)
         output.begin(str(request.input.absolute()))
         description = _describe(request, settings, threshold, masks, pairs, tuning)
         _write(output, rows, lesions, summary, tuning, description)
@@ -151,7 +156,8 @@ def _measure(
     # Strictly above, as `segment` does; a mask is the same at every threshold.
     predicted = values > threshold
     measures, lesions = evaluate_case(predicted, reference, pair.grid, settings, brain)
-    who = {"case": pair.case.name, "subject": pair.case.subject, "session": pair.case.session}
+    case = pair.case
+    who = {"case": case.name, "patient": case.patient, "subject": case.subject, "session": case.session}
     view = {"field_of_view": field_of_view(predicted, reference, brain)}
     return {**who, **measures, **view}, [{**who, **lesion} for lesion in lesions], not (values % 1).any()
 
@@ -226,7 +232,7 @@ def _lines(
 ) -> list[str]:
     """The summary for the reader of the terminal."""
     settings = description["settings"]
-    patients = len({row["subject"] for row in rows})
+    patients = len({row["patient"] for row in rows})
     lines = [
         f"{_count(len(rows), 'scan')} of {_count(patients, 'patient')}; {settings['predictions']}",
         f"lesions: {settings['connectivity']}-connected, rule {settings['rule']}; V: {settings['field_of_view']}",

@@ -16,6 +16,7 @@ from xaiseg.imaging.nnunet import NnunetPreprocessing, Prepared, prepare
 from xaiseg.imaging.normalise import zscore_nonzero
 
 _BIDS_NAME = re.compile(r"sub-([A-Za-z0-9]+)(?:_ses-([A-Za-z0-9]+))?")
+_BIDS_SUBJECT = re.compile(r"sub-([A-Za-z0-9]+)(?:_|$)")
 
 
 @dataclass(frozen=True)
@@ -27,12 +28,20 @@ class Case:
         images: channel to file, in the model's order.
         reference: the expert's lesion mask.
         instances: the expert's map of numbered lesions.
+        patient: whose examination it is. Where nobody says so it is the subject of a name that begins as in BIDS, `sub-01_…`, and
+            else the letters and digits of the name: a patient of its own.
     """
 
     name: str
     images: dict[str, Path]
     reference: Path | None = None
     instances: Path | None = None
+    patient: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.patient:
+            match = _BIDS_SUBJECT.match(self.name)
+            object.__setattr__(self, "patient", match[1] if match else self.subject)
 
     @property
     def subject(self) -> str:

@@ -16,7 +16,8 @@ def read_manifest(tsv: Path, channels: Sequence[str]) -> list[Case]:
     """Read a tab-separated table in UTF-8, with or without byte order mark.
 
     Columns: `case`; one per channel, named as the model names it; optionally `reference` (lesion mask) and `instances`
-    (numbered lesions), where "n/a" stands for none. Other columns are passed over. Paths are relative to the table.
+    (numbered lesions), where "n/a" stands for none, and `patient`, see `Case`. Other columns are passed over. Paths are relative to
+    the table.
 
     Raises:
         InputError: the table cannot be read, lacks a column, has an empty cell or a ragged line, names a case twice or
@@ -85,7 +86,7 @@ def _case(tsv: Path, number: int, columns: list[str], cells: list[str], channels
     def optional(column: str) -> Path | None:
         return path(column) if row.get(column, NONE) != NONE else None
 
-    for column in ("case", *channels, "reference", "instances"):
+    for column in ("case", *channels, "reference", "instances", "patient"):
         if row.get(column) == "":
             remedy = f"write {NONE} where there is none" if column not in ("case", *channels) else "fill it in"
             raise InputError(f"{tsv}, line {number}: empty cell in column {column!r}; expected a value: {remedy}")
@@ -95,4 +96,5 @@ def _case(tsv: Path, number: int, columns: list[str], cells: list[str], channels
             "expected letters, digits, '_', '-' and '.', not first '-' or '.': rename the case"
         )
     images = {channel: path(channel) for channel in channels}
-    return Case(row["case"], images, optional("reference"), optional("instances"))
+    patient = row.get("patient", NONE)
+    return Case(row["case"], images, optional("reference"), optional("instances"), "" if patient == NONE else patient)

@@ -25,7 +25,7 @@ from jax import Array, lax
 
 from xaiseg.models.kernel_gradient import kernel_gradient
 from xaiseg.models.platform import platform
-from xaiseg.models.precision import at_precision
+from xaiseg.models.precision import at_precision, precision_in_force, precision_of
 
 Lowering = Literal["auto", "folded", "native"]
 Padding = Sequence[tuple[int, int]]
@@ -118,11 +118,13 @@ def _learn(
     forward: Callable[[Array, Array], Array], gradient: Callable[[Array, Array], Array], x: Array, kernel: Array
 ) -> Array:
     """`forward(x, kernel)`; its gradient with respect to the kernel is `gradient(x, cotangent)`."""
+    precision = precision_in_force()
 
     def backward(factors: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
         x, kernel = factors
-        (of_x,) = jax.linear_transpose(lambda z: forward(z, kernel), x)(cotangent)
-        return of_x, gradient(x, cotangent)
+        with precision_of(precision):
+            (of_x,) = jax.linear_transpose(lambda z: forward(z, kernel), x)(cotangent)
+            return of_x, gradient(x, cotangent)
 
     learnt = jax.custom_vjp(forward)
     learnt.defvjp(lambda x, kernel: (forward(x, kernel), (x, kernel)), backward)

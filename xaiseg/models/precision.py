@@ -52,6 +52,11 @@ def precision_of(name: str) -> Iterator[None]:
         _current.reset(token)
 
 
+def precision_in_force() -> str:
+    """What `precision_of` was told. The backward pass of a custom derivative is traced later and has to be told again."""
+    return _current.get()
+
+
 def at_precision(
     product: Callable[[Array, Array, lax.Precision], Array], a: Array, b: Array, emulated: bool = False
 ) -> Array:

@@ -38,7 +38,7 @@ def evaluation_figure(
     predicted = np.array([row["predicted_volume_ml"] for row in rows], float)
     reference = np.array([row["reference_volume_ml"] for row in rows], float)
     fig = new_page(1600, _TOP + 2 * _HIGH + _GAP_Y + 110, "white")
-    patients = len({row["subject"] for row in rows})
+    patients = len({row["patient"] for row in rows})
     write(fig, 40, 58, "Segmentation against the reference", 30, _INK, weight="bold")
     facts = f"{_count(len(rows), 'scan')} · {_count(patients, 'patient')} · 95 % intervals: of the mean over patients "
     facts += "(bootstrap), of lesions found after Wilson"
