@@ -194,6 +194,11 @@ class Checkpoints:
 
     def _save(self, manager: ocp.CheckpointManager, step: int, state: State) -> None:
         try:
+            manager.wait_until_finished()  # as `save` would; what it took is no longer free
+            # found out before: threads that run out of room midway print tracebacks of their own
+            needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+            if shutil.disk_usage(self.out).free < needed:
+                raise OSError(f"it takes {-(-needed // 2**20)} MiB")
             manager.save(step, args=ocp.args.StandardSave(tuple(state)))
         except (OSError, ValueError) as error:
             raise self._failed(error) from error

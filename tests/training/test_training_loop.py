@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -323,6 +324,26 @@ def test_nnunet_plans_from_the_cases_and_its_model_segments_them(
     other = ["--config", "unet_cpu", "--data", str(folder), "--out", str(tmp_path / "other"), "--plans", "x.json"]
     assert main(other) == 1
     assert capsys.readouterr().err.startswith("error: --plans: config unet_cpu has no planner")
+
+
+def test_no_room_for_a_checkpoint(tiny: Config, cases: Cases, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Known before anything of it is written; the earlier one is left, and with room again the run goes on."""
+    config = replace(tiny, steps=6, checkpoint_every=2, validate_every=6)
+    usage = shutil.disk_usage(tmp_path)
+    asked = []
+
+    def filling(path: Path) -> object:
+        asked.append(path)
+        return usage if len(asked) < 2 else usage._replace(free=1000)
+
+    monkeypatch.setattr(loop.shutil, "disk_usage", filling)
+    with pytest.raises(InputError, match=r"a checkpoint could not be written \(it takes 1 MiB; 0 MiB are free\)"):
+        loop.train(config, cases, tmp_path / "run", "", silent)
+    assert [path.name for path in (tmp_path / "run" / "checkpoints" / "last").iterdir()] == ["2"]
+    monkeypatch.undo()
+    said: list[str] = []
+    loop.train(config, cases, tmp_path / "run", "", said.append)
+    assert "resuming after step 2" in said
 
 
 def test_a_log_line_that_finds_no_room(bids, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
