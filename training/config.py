@@ -52,9 +52,10 @@ class Config:
     The optimiser:
     steps: batches. optimiser: `adam`, `adamw` or `sgd` (Nesterov's momentum; weight decay is added to the gradient, as PyTorch's).
     learning_rate: after `warmup` updates, in which it rises from 0. schedule: `constant`; `cosine` or `polynomial` (power 0.9)
-      down to zero at the last; `plateau`: halved when the mean loss of `validate_every` steps has not fallen for 5 of them.
+      down to zero at the last; `plateau`: halved when the mean loss of `validate_every` steps has not fallen for 5 of them
+      (with `accumulate`, the loss of each update's last batch).
     clip: the largest norm of the gradient, 0 for none. accumulate: batches whose mean gradient is one update.
-    average: decay of an exponential moving average of the parameters, which is then validated and exported; 0 for none.
+    average: decay, per batch, of an exponential moving average of the parameters, which is then validated and exported; 0 for none.
     precision: of convolutions and matrix products, see `xaiseg.models.precision`; parameters and sums are float32 in any case.
 
     The run:

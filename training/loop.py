@@ -17,7 +17,7 @@ from training.config import Config
 from training.dataset import load_volumes
 from training.files import Stopped, write_whole
 from training.folder import Log, open_folder
-from training.optimiser import learning_rate_of
+from training.optimiser import learning_rate_of, plateau_factor
 from training.pipeline import Batches, batches
 from training.splits import write_splits
 from training.step import State, batch_mesh, initial_state, make_step
@@ -85,7 +85,7 @@ def train(
                         )
                     seconds = (time.monotonic() - begun) / len(losses)
                     idle = (source.waited - waited) / (time.monotonic() - begun)
-                    rate = float(learning_rate((done - 1) // config.accumulate))
+                    rate = float(learning_rate((done - 1) // config.accumulate)) * plateau_factor(state.optimiser)
                     log.write(
                         done, loss=mean, learning_rate=rate, seconds_per_step=round(seconds, 4), idle=round(idle, 4)
                     )

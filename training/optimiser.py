@@ -1,5 +1,7 @@
 """The optimiser of a config, from optax's parts."""
 
+from typing import Any
+
 import optax
 
 from training.config import Config
@@ -27,6 +29,11 @@ def learning_rate_of(config: Config) -> optax.Schedule:
         return schedule
     rise = optax.linear_schedule(0.0, config.learning_rate, config.warmup)
     return optax.join_schedules([rise, schedule], [config.warmup])
+
+
+def plateau_factor(state: Any) -> float:
+    """What the learning rate is multiplied by after plateaus of the loss, from the optimiser's state; 1 for other schedules."""
+    return float(optax.tree_utils.tree_get(state, "scale", 1.0))
 
 
 def optimiser_of(config: Config) -> optax.GradientTransformationExtraArgs:

@@ -9,7 +9,7 @@ import pytest
 
 from training.augment import PAPER, Augmentation
 from training.config import Config
-from training.optimiser import learning_rate_of, optimiser_of
+from training.optimiser import learning_rate_of, optimiser_of, plateau_factor
 from training.step import batch_mesh, initial_state, make_step
 
 PLAIN = Augmentation()
@@ -60,7 +60,8 @@ def test_a_plateau_halves_the_rate(tiny: Config) -> None:
             updates, state = optimiser.update({"w": jnp.ones(())}, state, params, value=jnp.float32(3.0))
             sizes.append(-float(updates["w"]))
     assert sizes[:10] == [1.0] * 10
-    assert sizes[-1] == 0.5
+    assert sizes[-1] == plateau_factor(state) == 0.5
+    assert plateau_factor(optimiser_of(replace(config, schedule="cosine")).init(params)) == 1
 
 
 def test_sgd_takes_decay_into_momentum_as_pytorch_does(tiny: Config) -> None:
