@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import optax
 
 from training.config import Config
@@ -33,7 +34,9 @@ def learning_rate_of(config: Config) -> optax.Schedule:
 
 def plateau_factor(state: Any) -> float:
     """What the learning rate is multiplied by after plateaus of the loss, from the optimiser's state; 1 for other schedules."""
-    return float(optax.tree_utils.tree_get(state, "scale", 1.0))
+    kind = optax.contrib.ReduceLROnPlateauState
+    states = [s for s in jax.tree.leaves(state, is_leaf=lambda s: isinstance(s, kind)) if isinstance(s, kind)]
+    return float(states[0].scale) if states else 1.0
 
 
 def optimiser_of(config: Config) -> optax.GradientTransformationExtraArgs:
