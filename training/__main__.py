@@ -52,6 +52,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _without_late_threads(late: "sys.UnraisableHookArgs") -> None:
+    """For `sys.unraisablehook`, which Python gives what C++ threads could not deliver: Tensorstore's writes, after one of them
+    found the disk full and Orbax has stopped to listen. The first is raised in the main thread, which says so in one line."""
+    if not (late.exc_type is RuntimeError and str(late.exc_value) == "Event loop is closed"):
+        sys.__unraisablehook__(late)
+
+
 def _cross_validate(args: argparse.Namespace, settings: Sequence[str], stopping: "_Stopping") -> Path:
     """Each fold held out in turn, in `DIR/fold-0`, …; folds that are done cost nothing when the command is given again."""
     if not (args.folds or args.splits):
@@ -220,4 +227,5 @@ def _command(args: argparse.Namespace, settings: Sequence[str]) -> str:
 
 
 if __name__ == "__main__":
+    sys.unraisablehook = _without_late_threads
     sys.exit(main())

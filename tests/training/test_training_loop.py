@@ -423,7 +423,7 @@ def test_a_disk_that_fills_up(bids, tmp_path: Path) -> None:
         ):
             assert process.stdout is not None
             for line in process.stdout:
-                if line.startswith("step 7/"):
+                if line.startswith("step 6/"):  # the moment at which a checkpoint begins to be written
                     subprocess.run(["dd", "if=/dev/zero", f"of={disk / 'fill'}"], capture_output=True, check=False)
             assert process.wait() == 1
         line = errors.read_text().strip()
