@@ -20,7 +20,7 @@ from tiny import CASE, RAS, SHAPE, progress_free, snapshot, stored, volumes, wri
 from xaiseg import __version__
 from xaiseg.checkpoints import load_model
 from xaiseg.cli import main
-from xaiseg.cohort import run
+from xaiseg.cohort import job
 from xaiseg.errors import InputError
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -233,25 +233,36 @@ def test_output_without_permission(refused_explain: Refused, tmp_path: Path, mon
 
 
 def test_full_disk_while_maps_are_written(
-    refused_explain: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    scans: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """One line; what is written is whole, and with room again the same command goes on from there."""
     replace = os.replace
+    command = ["explain", str(scans / "cases.tsv"), str(tmp_path / "out"), "--model", str(model)]
+    command += ["--samples", "1", "--chunk", "4", "--no-pictures"]
 
     def full(source: Path, target: Path) -> None:
         if "saliency" in Path(target).name:
             raise OSError(28, "No space left on device")
         replace(source, target)
 
-    monkeypatch.setattr("xaiseg.imaging.nifti.os.replace", full)
-    line = refused_explain()
+    with monkeypatch.context() as patch:
+        patch.setattr("xaiseg.imaging.nifti.os.replace", full)
+        assert main(command) == 1
+    (line,) = progress_free(capsys.readouterr().err)
     assert "lesion-001_saliency.nii.gz: cannot be written (No space left on device)" in line
+    left = {name: content for name, content in snapshot(tmp_path / "out").items() if name.endswith(".nii.gz")}
+    assert len(left) == 3  # the segmentation
+    assert not [name for name in snapshot(tmp_path / "out") if name.endswith(".tmp")]
+    assert main(command) == 0
+    assert left.items() <= snapshot(tmp_path / "out").items()
+    assert len(list((tmp_path / "out").rglob("*saliency.nii.gz"))) == 2
 
 
 def test_an_error_of_the_file_system_is_one_line(refused_explain: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
     def denied(*_: object) -> None:
         raise PermissionError(13, "Permission denied", "/secret/in")
 
-    monkeypatch.setattr(run, "read_input", denied)
+    monkeypatch.setattr(job, "read_cohort", denied)
     assert refused_explain() == "[Errno 13] Permission denied: '/secret/in'"
 
 
@@ -259,7 +270,11 @@ def test_an_error_of_the_file_system_is_one_line(refused_explain: Refused, monke
 def test_existing_output(command: str, scans: Path, model: Path, refused: Refused, tmp_path: Path) -> None:
     arguments = [scans / "cases.tsv", tmp_path / "out", "--model", model]
     assert main(["segment", *map(str, arguments)]) == 0
-    assert refused(command, *arguments).startswith(f"{tmp_path / 'out'}: is not empty")
+    line = refused(command, *arguments, "--threshold", "0.4")
+    assert line.startswith(f"{tmp_path / 'out'}: is not empty, and its results came from other settings (")
+    assert "model.threshold: 0.5 before, 0.4 now" in line
+    assert ("command: segment before, explain now" in line) == (command == "explain")
+    assert "--overwrite to start anew" in line
 
 
 def test_output_of_something_else(refused_explain: Refused, tmp_path: Path) -> None:
@@ -406,7 +421,7 @@ def test_the_demo_passes_errors_on(refused: Refused, tmp_path: Path, monkeypatch
 
 def test_an_input_error_is_the_only_one_without_a_traceback(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A mistake of ours must not look like one of the user's."""
-    monkeypatch.setattr(run, "read_input", lambda *_: [][0])
+    monkeypatch.setattr(job, "read_cohort", lambda *_: [][0])
     assert not issubclass(IndexError, InputError | OSError)
     with pytest.raises(IndexError):
         main(["segment", "in", "out", "--model", str(model)])
@@ -424,8 +439,10 @@ def test_the_installed_command(scans: Path, model: Path, tmp_path: Path) -> None
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"{CASE}: done, 2 lesions")
     again = subprocess.run([*command, str(tmp_path / "out")], capture_output=True, text=True, check=False)
-    assert again.returncode == 1
-    assert again.stdout == ""
-    assert again.stderr.splitlines() == [
-        f"xaiseg: error: {tmp_path / 'out'}: is not empty; choose another folder or give --overwrite"
-    ]
+    assert (again.returncode, again.stdout, again.stderr) == (0, done.stdout, "")  # there was nothing left to do
+    other = subprocess.run(
+        [*command, str(tmp_path / "out"), "--threshold", "0.4"], capture_output=True, text=True, check=False
+    )
+    assert (other.returncode, other.stdout) == (1, "")
+    (line,) = other.stderr.splitlines()
+    assert line.startswith(f"xaiseg: error: {tmp_path / 'out'}: is not empty, and its results came from other settings")

@@ -31,6 +31,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("xaiseg: interrupted; nothing half-written was left", file=sys.stderr)
         return 130
+    except Exception as error:
+        from xaiseg.cohort.stopping import Stopped
+
+        if not isinstance(error, Stopped):
+            raise
+        print(f"xaiseg: stopped: {error}", file=sys.stderr)
+        return 130
 
 
 def _convert(arguments: argparse.Namespace) -> int:
@@ -86,7 +93,7 @@ def _models(arguments: argparse.Namespace) -> int:
 def _segment(arguments: argparse.Namespace) -> int:
     from xaiseg.cohort import segment
 
-    return _status(segment(_model(arguments), _request(arguments)))
+    return _status(segment(_model(arguments), _request(arguments), execution=_execution(arguments)))
 
 
 def _explain(arguments: argparse.Namespace) -> int:
@@ -96,7 +103,7 @@ def _explain(arguments: argparse.Namespace) -> int:
         methods=tuple(dict.fromkeys(arguments.method or ["smoothgrad"])),
         **{f.name: getattr(arguments, f.name) for f in dataclasses.fields(Settings) if f.name != "methods"},
     )
-    return _status(explain(_model(arguments), _request(arguments), settings))
+    return _status(explain(_model(arguments), _request(arguments), settings, execution=_execution(arguments)))
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
@@ -107,6 +114,16 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         return kind(**{f.name: getattr(arguments, f.name) for f in dataclasses.fields(kind)})
 
     evaluate(chosen(EvaluationRequest), chosen(EvaluationSettings))
+    return 0
+
+
+def _how_far(arguments: argparse.Namespace) -> int:
+    import json
+
+    from xaiseg.cohort.status import lines, status
+
+    found = status(arguments.output)
+    print(json.dumps(found, indent=2, ensure_ascii=False) if arguments.json else "\n".join(lines(found)))
     return 0
 
 
@@ -130,8 +147,16 @@ def _request(arguments: argparse.Namespace) -> Any:
     return Request(**{name: getattr(arguments, name) for name in given})
 
 
+def _execution(arguments: argparse.Namespace) -> Any:
+    from xaiseg.cohort import Execution
+
+    if arguments.executor == "local" and (arguments.scheduler or arguments.workers or arguments.job_options):
+        raise InputError("--scheduler, --workers, --job-option: are for --executor dask or slurm; give that too")
+    return Execution(**{f.name: getattr(arguments, f.name) for f in dataclasses.fields(Execution)})
+
+
 def _status(rows: Sequence[dict[str, Any]]) -> int:
-    return int(any(row["status"] == "failed" for row in rows))
+    return int(any(row["status"] in ("failed", "partial") for row in rows))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -310,6 +335,21 @@ def _parser() -> argparse.ArgumentParser:
         "--memory", type=_bytes, metavar="4G", help="bound on a chunk's temporaries and on the maps kept at once"
     )
     explain.add_argument("--dry-run", action="store_true", help="segment and print the plan; write nothing")
+    explain.add_argument(
+        "--save-maps",
+        choices=("crop", "full", "none"),
+        default="crop",
+        help="around the lesion, on the whole grid, or tables alone (%(default)s)",
+    )
+    explain.add_argument(
+        "--map-dtype",
+        choices=("float32", "float16"),
+        default="float32",
+        help="float16: values rounded to its 11 significant bits, files of half the size (%(default)s)",
+    )
+    explain.add_argument(
+        "--no-pictures", dest="pictures", action="store_false", help="none of each lesion; tables and maps alone"
+    )
 
     evaluate = _command(commands, "evaluate", _evaluate, "compare segmentations with reference masks")
     evaluate.add_argument(
@@ -372,6 +412,10 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--seed", type=_seed, default=0, help="of the bootstrap (%(default)s)")
     _overwrite(evaluate)
 
+    status = _command(commands, "status", _how_far, "tell how far a run is: done, running, failed, left, estimated end")
+    status.add_argument("output", type=Path, metavar="OUT", help="output folder of `xaiseg explain` or `segment`")
+    status.add_argument("--json", action="store_true", help="for programs")
+
     demo = _command(commands, "demo", _demo, "the built-in example: segment and explain unseen phantoms")
     demo.add_argument("--out", type=Path, default=Path("xaiseg-demo"), help="folder to write (%(default)s)")
     demo.add_argument("--cases", type=_positive, default=2, help="phantoms (%(default)s)")
@@ -390,11 +434,57 @@ def _cohort(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "input", type=Path, metavar="INPUT", help="a BIDS folder, or a manifest TSV (case, one column per channel, …)"
     )
-    parser.add_argument("output", type=Path, metavar="OUT", help="folder to write")
+    parser.add_argument("output", type=Path, metavar="OUT", help="folder to write, or of an earlier run to go on with")
+    parser.add_argument(
+        "level",
+        nargs="?",
+        choices=("participant", "group"),
+        help="of a BIDS-App: participant leaves the cohort's tables to group, which computes nothing (both)",
+    )
     parser.add_argument(
         "--model", required=True, metavar="M", help="a model folder, see `xaiseg convert`, or a name of `xaiseg models`"
     )
     parser.add_argument("--cases", type=_names, default=(), metavar="A,B", help="only these cases")
+    parser.add_argument(
+        "--participant-label",
+        "--participant_label",
+        dest="participants",
+        nargs="+",
+        default=(),
+        metavar="LABEL",
+        help="only these subjects, with or without sub-",
+    )
+    parser.add_argument(
+        "--session-label",
+        "--session_label",
+        dest="sessions",
+        nargs="+",
+        default=(),
+        metavar="LABEL",
+        help="only these sessions, with or without ses-",
+    )
+    parser.add_argument(
+        "--shard", type=_shard, metavar="I/N", help="only the I-th of N parts of the cases; parts may run at once"
+    )
+    parser.add_argument("--index", choices=("pybids",), help="find the cases of a BIDS folder with pybids")
+    parser.add_argument(
+        "--executor",
+        choices=("local", "dask", "slurm"),
+        default="local",
+        help="this process, Dask workers, or SLURM jobs (%(default)s)",
+    )
+    parser.add_argument("--scheduler", metavar="ADDRESS", help="of Dask, tcp://host:port (workers of its own)")
+    parser.add_argument("--workers", type=_positive, metavar="N", help="processes, or SLURM jobs, to start")
+    parser.add_argument(
+        "--job-option",
+        dest="job_options",
+        action="append",
+        type=_option,
+        default=[],
+        metavar="NAME=VALUE",
+        help="of a SLURM job, as dask-jobqueue's SLURMCluster takes it: cores=4, memory=32GB, queue=gpu, walltime=04:00:00",
+    )
+    parser.add_argument("--stop-on-first-crash", action="store_true", help="leave the rest when something fails")
     parser.add_argument("--threshold", type=_probability, help="on the lesion probability (the model's)")
     parser.add_argument(
         "--whole-volume", action="store_true", help="take each volume in one piece instead of in windows"
@@ -439,6 +529,20 @@ _strides = _checked(
 _window = _checked(
     lambda t: [int(p) for p in t.split(",")], lambda v: len(v) == 3 and min(v) > 0, "three positive integers X,Y,Z"
 )
+
+
+def _shard(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise argparse.ArgumentTypeError(f"{text!r}, expected I/N with I from 1 to N, such as 2/8")
+    return int(match[1]), int(match[2])
+
+
+def _option(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not (name and equals):
+        raise argparse.ArgumentTypeError(f"{text!r}, expected NAME=VALUE")
+    return name, value
 
 
 def _stride(text: str) -> int | tuple[int, ...]:

@@ -41,16 +41,19 @@ def run_demo(out: Path, cases: int = 2, samples: int = 4, overwrite: bool = Fals
     return rows
 
 
-def write_phantoms(folder: Path, count: int, first_seed: int = _FIRST_SEED) -> Path:
-    """Write `count` phantoms (FLAIR, T1w, reference mask) and the manifest that lists them; returns its path."""
+def write_phantoms(folder: Path, count: int, first_seed: int = _FIRST_SEED, **options: Any) -> Path:
+    """Write `count` phantoms (FLAIR, T1w, reference mask) and the manifest that lists them; returns its path.
+
+    options: of `phantom`.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{folder}: cannot be made ({error.strerror}); choose another folder") from error
     lines = ["case\tFLAIR\tT1w\treference"]
     for number in range(count):
-        made = phantom(seed=first_seed + number)
-        name = f"sub-phantom{number + 1:02d}"
+        made = phantom(seed=first_seed + number, **options)
+        name = f"sub-phantom{number + 1:0{max(2, len(str(count)))}d}"
         columns = {"FLAIR": made.flair, "T1w": made.t1w, "label-L_mask": (made.lesions > 0).astype(np.uint8)}
         for suffix, array in columns.items():
             nifti.write(folder / f"{name}_{suffix}.nii.gz", array, made.affine)

@@ -4,7 +4,7 @@ import pytest
 from tiny import CASE, Explain, write_case, write_manifest, write_model
 
 from xaiseg.cli import main
-from xaiseg.cohort import records, run
+from xaiseg.cohort import stages, tables
 
 
 @pytest.fixture(scope="session")
@@ -34,8 +34,8 @@ def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pictures are most of the time of a tiny run, and have tests of their own."""
-    monkeypatch.setattr(run, "lesion_figure", lambda *_, path, **__: path.write_bytes(b"lesion"))
-    monkeypatch.setattr(records, "summary_figure", lambda _rows, _channels, path, **__: path.write_bytes(b"summary"))
+    monkeypatch.setattr(stages, "lesion_figure", lambda *_, path, **__: path.write_bytes(b"lesion"))
+    monkeypatch.setattr(tables, "summary_figure", lambda _rows, _channels, path, **__: path.write_bytes(b"summary"))
 
 
 @pytest.fixture

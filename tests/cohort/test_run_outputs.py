@@ -16,6 +16,7 @@ import xaiseg
 from xaiseg.checkpoints import load_model
 from xaiseg.checkpoints.folder import model_hash
 from xaiseg.cli import main
+from xaiseg.cohort.stages import WORKER
 from xaiseg.saliency import gradcam_pp, smoothgrad
 
 MEASURES = ("peak", "minimum", "mean_inside", "mean_ring", "positive_mass", "negative_mass", "peak_se")
@@ -80,7 +81,9 @@ def test_every_file_and_no_other(out: Path) -> None:
     names += ["desc-smoothgrad_convergence.png", "desc-lesions.tsv", "space-orig_desc-instances_dseg.nii.gz"]
     names += ["space-orig_label-L_mask.nii.gz", "space-orig_label-L_probseg.nii.gz"]
     top = ["dataset_description.json", ".bidsignore", "desc-smoothgrad_saliency.json", "desc-gradcampp_saliency.json"]
-    top += ["lesions.tsv", "lesions.json", "cases.tsv", "cases.json", "desc-smoothgrad_summary.png", "logs/run.json"]
+    top += ["lesions.tsv", "lesions.json", "cases.tsv", "cases.json", "desc-smoothgrad_summary.png"]
+    top += [f"logs/{name}" for name in ("run.json", "settings.json", "plan.json", "failures.tsv", "timings.tsv")]
+    top += [f"logs/cases/{CASE}.jsonl", f"logs/{WORKER}.log", "logs/locks/run", "logs/locks/plan", "logs/locks/tables"]
     expected = {out / name for name in top} | {place(out, name) for name in names}
     assert {p for p in out.rglob("*") if p.is_file()} == expected
     for picture in out.rglob("*.png"):
@@ -90,7 +93,7 @@ def test_every_file_and_no_other(out: Path) -> None:
 def test_the_log_holds_settings_versions_the_model_and_the_files(out: Path, native_model: Path) -> None:
     log = json.loads((out / "logs" / "run.json").read_text())
     files = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()}
-    assert set(log["files"]) == files - {"logs/run.json"}
+    assert set(log["files"]) == {file for file in files if not file.startswith("logs/locks/")}
     assert log["settings"]["methods"] == ["smoothgrad", "gradcam++"]
     assert {k: log["settings"][k] for k in ("samples", "noise", "seed", "aggregate", "chunk")} == {
         "samples": 2, "noise": 0.05, "seed": 0, "aggregate": "signed_max", "chunk": 4,
@@ -246,7 +249,9 @@ def test_measures_of_the_maps(method: str, out: Path, manifest: Path, native_mod
             np.testing.assert_allclose(found[:6], expected[:6], rtol=1e-6, atol=1e-9)
             np.testing.assert_allclose(found[6:], expected[6:], rtol=1e-2, atol=1e-7)
         assert int(row[f"{key}_samples"]) == (2 if method == "smoothgrad" else 1)
-        assert float(row[f"{key}_seconds"]) > 0
+    taken = [row for row in table(out / "logs" / "timings.tsv") if row["unit"] == key]
+    assert [row["lesions"] for row in taken] == ["1,2"]
+    assert all(float(row["seconds"]) > 0 for row in taken)
 
 
 def windows_of(voxels: np.ndarray) -> np.ndarray:

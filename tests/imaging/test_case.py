@@ -1,5 +1,7 @@
 """Cases, scans in model orientation, and the check of all headers."""
 
+import gzip
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import pytest
 
 from xaiseg.errors import InputError
 from xaiseg.imaging import nifti
-from xaiseg.imaging.case import Case, load_scan, preflight
+from xaiseg.imaging.case import Case, load_scan, preflight, problems
 from xaiseg.imaging.discovery import read_input
 
 SHAPE = (6, 7, 8)
@@ -149,6 +151,86 @@ def test_preflight_collects_all_problems(case: Case, image: Callable[..., Path],
         preflight(cases[2:3], CHANNELS, resample=True)
     with pytest.raises(InputError, match=r"and 9 more: (absent\.nii, ){3}…"):
         preflight(cases[1:2] * 10, CHANNELS)
+
+
+def test_problems_of_one_case(case: Case, image: Callable[..., Path], tmp_path: Path) -> None:
+    assert problems(case, CHANNELS) == []
+    moved = LPI.copy()
+    moved[0, 3] += 1
+    images = {"FLAIR": case.images["FLAIR"], "T1w": image("moved.nii", affine=moved)}
+    spoilt = Case("a", images, image("mask.nii", affine=moved), tmp_path / "absent.nii")
+    found = problems(spoilt, CHANNELS)
+    assert [path.name for path, _ in found] == ["absent.nii", "moved.nii", "mask.nii"]
+    for (path, message), part in zip(found, ("does not exist", "--resample", "nearest neighbour"), strict=True):
+        assert message.startswith(f"{path}: ")
+        assert part in message
+        assert "\n" not in message
+    assert [path.name for path, _ in problems(spoilt, CHANNELS, resample=True)] == ["absent.nii", "mask.nii"]
+    # Nothing to compare with: the others are looked at all the same.
+    headless = Case("b", {"FLAIR": tmp_path / "absent.nii", "T1w": tmp_path / "absent.nii"}, spoilt.reference)
+    assert [path.name for path, _ in problems(headless, CHANNELS)] == ["absent.nii"]
+
+
+BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
+    "folder": (Path.mkdir, "a folder"),
+    "loop": (lambda path: path.symlink_to(path.name), "a link that leads to itself"),
+    "dangling link": (lambda path: path.symlink_to("annex"), "a link to a file that is not there"),
+    "no bytes": (Path.touch, "empty, 0 bytes"),
+    "pipe": (os.mkfifo, "a pipe, socket or device"),
+    "text": (lambda path: path.write_text("sub-01"), "no NIfTI, it begins with 'sub-01'"),
+    "web page": (lambda path: path.write_text("<!DOCTYPE html>"), "it begins with '<!DOCTYPE html>'"),
+    "gzip of text": (lambda path: path.write_bytes(gzip.compress(b"x" * 400)), "not a readable NIfTI header"),
+    "cut off": (lambda path: path.write_bytes(path.with_name("whole.nii.gz").read_bytes()[:-9]), "truncated"),
+    "cut off at once": (lambda path: path.write_bytes(b"\x1f\x8b\x08"), "truncated"),
+    "garbage": (lambda path: path.write_bytes(path.with_name("whole.nii.gz").read_bytes() + b"?"), "other bytes"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_no_file_is_so_broken_that_checking_it_fails(tmp_path: Path, image: Callable[..., Path], kind: str) -> None:
+    whole, path = image("whole.nii.gz"), tmp_path / "broken.nii.gz"
+    make, part = BROKEN[kind]
+    make(path)
+    for channel, other in (CHANNELS, CHANNELS[::-1]):
+        case = Case("a", {channel: path, other: whole}, reference=path)
+        ((found, message),) = problems(case, CHANNELS)
+        assert found == path
+        assert part in message
+        assert message.startswith(f"{path}: ")
+        assert "\n" not in message
+
+
+def test_a_name_too_long(tmp_path: Path) -> None:
+    path = tmp_path / f"{'n' * 300}.nii.gz"
+    assert "File name too long" in problems(Case("a", {"FLAIR": path}), ["FLAIR"])[0][1]
+
+
+@pytest.mark.parametrize("closed", ["folder/a.nii", "folder"])
+def test_without_permission(
+    image: Callable[..., Path], tmp_path: Path, closed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "folder").mkdir()
+    path = image("folder/a.nii")
+    (tmp_path / closed).chmod(0)
+    if os.access(path, os.R_OK):  # as root
+
+        def denied(*_: object, **__: object) -> None:
+            raise PermissionError(13, "Permission denied")
+
+        monkeypatch.setattr(Path, "stat" if closed == "folder" else "open", denied)
+    ((_, message),) = problems(Case("a", {"FLAIR": path}), ["FLAIR"])
+    monkeypatch.undo()
+    (tmp_path / closed).chmod(0o755)
+    assert message.startswith(f"{path}: no permission to read it")
+
+
+def test_a_wrong_checksum_shows_when_the_voxels_are_read(case: Case) -> None:
+    content = bytearray(case.images["FLAIR"].read_bytes())
+    content[-8] ^= 1
+    case.images["FLAIR"].write_bytes(content)
+    assert problems(case, CHANNELS) == []
+    with pytest.raises(InputError, match=r"flair\.nii\.gz: cannot be read, damaged \(CRC"):
+        load_scan(case, CHANNELS)
 
 
 @pytest.mark.data

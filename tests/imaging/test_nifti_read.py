@@ -1,8 +1,12 @@
 """Reading NIfTI: every dtype and scaling that is legal, one line for everything that is not."""
 
+import contextlib
 import gzip
 import os
 import shutil
+import tracemalloc
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import nibabel as nib
@@ -12,6 +16,7 @@ import pytest
 from xaiseg.errors import InputError
 from xaiseg.imaging import nifti
 from xaiseg.imaging.grid import Grid
+from xaiseg.imaging.header import MAX_VOXELS
 
 AFFINE = np.array([[-1.0, 0, 0, 90], [0, 1.5, 0, -126], [0, 0, 2.5, -72], [0, 0, 0, 1]])
 SHAPE = (5, 6, 7)
@@ -123,11 +128,20 @@ def test_check_header_does_not_decompress(tmp_path: Path) -> None:
 def test_length_of_a_compressed_file_beyond_4_gib(tmp_path: Path) -> None:
     # A gzip file ends in its length modulo 2**32; here that of the 6.8 GB which the header announces.
     shape = (1700, 1000, 1000)
-    path = save(tmp_path / "a.nii.gz", raw_nifti(dim=[3, *shape, 1, 1, 1, 1]))
-    with pytest.raises(InputError, match="truncated"):
+    length = 352 + 4 * 1700 * 10**6
+    packed = gzip.compress(raw_nifti(dim=[3, *shape, 1, 1, 1, 1]))
+    filling = bytes(length // 1032 + 1)  # gzip packs no more than 1032 to 1
+    path = tmp_path / "a.nii.gz"
+    path.write_bytes(packed[:-8] + filling + packed[-8:])
+    with pytest.raises(InputError, match="damaged"):
         nifti.check_header(path)
-    path.write_bytes(path.read_bytes()[:-4] + ((352 + 4 * 1700 * 10**6) % 2**32).to_bytes(4, "little"))
+    path.write_bytes(packed[:-8] + filling + packed[-8:-4] + (length % 2**32).to_bytes(4, "little"))
     assert nifti.check_header(path).shape == shape
+    path.write_bytes(packed[:-8] + filling[:-1000] + packed[-8:-4] + (length % 2**32).to_bytes(4, "little"))
+    with pytest.raises(
+        InputError, match=r"truncated or no scan, 6588\d{3} bytes where its header announces 6800000352"
+    ):
+        nifti.check_header(path)
 
 
 @pytest.mark.parametrize("name", ["a.nii", "a.nii.gz"])
@@ -156,9 +170,16 @@ def test_wrong_checksum(tmp_path: Path) -> None:
 def test_files_that_are_no_nifti(tmp_path: Path) -> None:
     refused(tmp_path / "absent.nii.gz", "does not exist")
     (tmp_path / "folder.nii.gz").mkdir()
-    refused(tmp_path / "folder.nii.gz", "folder")
+    refused(tmp_path / "folder.nii.gz", "a folder")
+    refused(tmp_path / "a\0b.nii.gz", "does not exist")
     (tmp_path / "link.nii.gz").symlink_to(tmp_path / "annex")
-    refused(tmp_path / "link.nii.gz", "link")
+    refused(tmp_path / "link.nii.gz", "a link to a file that is not there")
+    (tmp_path / "loop.nii.gz").symlink_to("loop.nii.gz")
+    refused(tmp_path / "loop.nii.gz", "Too many levels of symbolic links", "a link that leads to itself")
+    refused(tmp_path / f"{'n' * 300}.nii.gz", "File name too long", "check the path")
+    os.mkfifo(tmp_path / "pipe.nii.gz")  # opening it would wait for ever
+    refused(tmp_path / "pipe.nii.gz", "a pipe, socket or device")
+    refused(Path("/dev/zero"), "a pipe, socket or device")
     for name in ("empty.nii", "empty.nii.gz"):
         (tmp_path / name).touch()
         refused(tmp_path / name, "empty")
@@ -168,25 +189,184 @@ def test_files_that_are_no_nifti(tmp_path: Path) -> None:
     refused(tmp_path / "plain.nii.gz", "not gzip", "rename it to .nii")
     (tmp_path / "packed.nii").write_bytes(gzip.compress(raw_nifti()))
     refused(tmp_path / "packed.nii", "gzip", "rename it to .nii.gz")
+    (tmp_path / "page.nii.gz").write_bytes(b"<!DOCTYPE html>\n<html><head><title>404</title>")
+    refused(tmp_path / "page.nii.gz", "not gzip and no NIfTI, it begins with '<!DOCTYPE html>\\n<html><h'", "web page")
+    (tmp_path / "words.nii.gz").write_text("version https://git-lfs.github.com/spec/v1")
+    refused(tmp_path / "words.nii.gz", "it begins with 'version https://git-lfs.'", "pointer")
+    (tmp_path / "zip.nii.gz").write_bytes(b"PK\x03\x04\xff")
+    refused(tmp_path / "zip.nii.gz", r"it begins with b'PK\x03\x04\xff'")
+    refused(save(tmp_path / "page.nii", b"<html>" * 100), "not a readable NIfTI header")
     refused(save(tmp_path / "text.nii", b"sub-01 " * 100), "not a readable NIfTI header")
     refused(save(tmp_path / "text.nii.gz", b"sub-01"), "6 bytes", "too few")
     refused(save(tmp_path / "pair.nii", raw_nifti(magic=b"ni1", vox_offset=0)), "voxels begin at byte 0")
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
 def test_no_permission_as_user(tmp_path: Path) -> None:
     path = save(tmp_path / "a.nii", raw_nifti())
     path.chmod(0)
+    if os.access(path, os.R_OK):
+        pytest.skip("this user, such as root, may read everything")
     refused(path, "permission")
 
 
-def test_no_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("method", ["open", "stat"])  # of the file, of its folder
+def test_no_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
     def closed(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied")
 
     path = save(tmp_path / "a.nii", raw_nifti())
-    monkeypatch.setattr(Path, "open", closed)
-    refused(path, "permission")
+    monkeypatch.setattr(Path, method, closed)
+    refused(path, "permission", "those of its folder")
+
+
+def test_a_disk_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    path = save(tmp_path / "a.nii", raw_nifti())
+    monkeypatch.setattr(Path, "open", broken)
+    refused(path, "cannot be read (Input/output error)")
+
+
+@pytest.mark.parametrize("garbage", [b"more", b"x" * 100_000])
+def test_bytes_after_the_gzip_stream(tmp_path: Path, garbage: bytes) -> None:
+    path = save(tmp_path / "a.nii.gz", raw_nifti())
+    packed = path.read_bytes()
+    path.write_bytes(packed + garbage)
+    refused(path, "the gzip stream is followed by other bytes")
+    path.write_bytes(packed + bytes(512))  # tapes and archives fill up with zeros
+    assert nifti.read(path)[0].shape == SHAPE
+    assert nifti.check_header(path).shape == SHAPE
+
+
+@contextlib.contextmanager
+def memory_below(limit: int) -> Iterator[None]:
+    """What Python allocates within stays below `limit` bytes at every moment."""
+    tracemalloc.start()
+    try:
+        yield
+        assert tracemalloc.get_traced_memory()[1] < limit
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("members", [True, False])
+@pytest.mark.parametrize("length_fits", [True, False])
+def test_a_bomb_is_not_unpacked(tmp_path: Path, members: bool, length_fits: bool) -> None:
+    raw = raw_nifti("uint8", np.zeros((64, 64, 64)))
+    ten_gb, path = 10 * 2**30, tmp_path / "a.nii.gz"
+    if members:  # gzip files one after the other, each of them honest
+        with path.open("wb") as file:
+            file.write(gzip.compress(raw))
+            packed = gzip.compress(bytes(2**24))
+            for _ in range(ten_gb // 2**24):
+                file.write(packed)
+    else:
+        stream = zlib.compressobj(9, zlib.DEFLATED, 31)
+        with path.open("wb") as file:
+            file.write(stream.compress(raw) + stream.flush(zlib.Z_FULL_FLUSH))
+            # Flushed in full, a piece stands for itself and can be repeated; the checksum at the end is never reached.
+            piece = zlib.compressobj(9, zlib.DEFLATED, -15)
+            packed = piece.compress(bytes(2**24)) + piece.flush(zlib.Z_FULL_FLUSH)
+            for _ in range(ten_gb // 2**24):
+                file.write(packed)
+            file.write(stream.flush())
+    with path.open("r+b") as file:  # the length at the end may lie: then it shows when the voxels are read
+        file.seek(-4, os.SEEK_END)
+        file.write((len(raw) if length_fits else 0).to_bytes(4, "little"))
+    functions = [nifti.read, nifti.read_labels] + ([] if length_fits else [nifti.check_header])
+    for function in functions:
+        # The volume, a megabyte beyond it, and copies.
+        with (
+            memory_below(8 * 2**20),
+            pytest.raises(InputError, match=r"a\.nii\.gz: holds more data than .* 262496 bytes"),
+        ):
+            function(path)
+
+
+def test_a_megabyte_after_the_volume_is_passed_over(tmp_path: Path) -> None:
+    raw = raw_nifti()
+    path = save(tmp_path / "a.nii.gz", raw + bytes(2**20))
+    assert nifti.check_header(path).shape == nifti.read(path)[0].shape == SHAPE
+    refused(save(tmp_path / "a.nii.gz", raw + bytes(2**20 + 1)), "holds more data")
+    path = save(tmp_path / "a.nii", raw + bytes(2**22))  # nothing unpacks: what follows is not read
+    assert nifti.check_header(path).shape == nifti.read(path)[0].shape == SHAPE
+
+
+def test_a_volume_packed_as_far_as_gzip_can(tmp_path: Path) -> None:
+    raw = raw_nifti("uint8", np.zeros((200, 200, 200)))
+    path = tmp_path / "a.nii.gz"
+    path.write_bytes(gzip.compress(raw, 9))
+    assert len(raw) > 1000 * path.stat().st_size
+    assert nifti.check_header(path).shape == nifti.read(path)[0].shape == (200, 200, 200)
+
+
+@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz"])
+@pytest.mark.parametrize(
+    "shape", [(1291, 1291, 1291), (32767, 32767, 3), (32768, 1, 1), (2**40, 2**40, 2**40), (2**31, 2**31, 4)]
+)
+def test_headers_that_announce_too_much(tmp_path: Path, name: str, shape: tuple[int, int, int]) -> None:
+    raw = raw_nifti("uint8", image=nib.Nifti2Image, dim=[3, *shape, 1, 1, 1, 1])
+    with memory_below(2**22):
+        refused(save(tmp_path / name, raw), f"header announces shape {shape}", "at most 32767 voxels along an axis")
+
+
+@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz"])
+def test_a_header_that_announces_just_little_enough(tmp_path: Path, name: str) -> None:
+    shape = (2**10, 2**10, 2**11)
+    assert np.prod(shape, dtype=np.int64) == MAX_VOXELS
+    with memory_below(2**22):
+        refused(save(tmp_path / name, raw_nifti("float64", dim=[3, *shape, 1, 1, 1, 1])), "truncated", "17179869536")
+
+
+def two_forms(sform: np.ndarray, qform: np.ndarray, codes: tuple[int, int], image: type = nib.Nifti1Image) -> bytes:
+    made = image(np.zeros(SHAPE, np.int16), None)
+    made.header.set_sform(sform, codes[0])
+    made.header.set_qform(qform, codes[1])
+    return image(made.dataobj, None, made.header).to_bytes()
+
+
+MIRRORED = np.diag([-1.0, 1, 1, 1]) @ AFFINE
+
+
+@pytest.mark.parametrize("image", [nib.Nifti1Image, nib.Nifti2Image])
+@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz"])
+def test_forms_that_disagree_about_left_and_right(tmp_path: Path, image: type, name: str) -> None:
+    path = save(tmp_path / name, two_forms(AFFINE, MIRRORED, (4, 1), image))
+    found = "the axes of its sform (code 4) run LAS, those of its qform (code 1) RAS"
+    refused(path, "left and right are uncertain", found, "fslorient -copyqform2sform", "nibabel")
+
+
+@pytest.mark.parametrize("codes", [(0, 1), (1, 0), (0, 0)])
+def test_a_form_without_a_code_is_not_heeded(tmp_path: Path, codes: tuple[int, int]) -> None:
+    assert nifti.check_header(save(tmp_path / "a.nii", two_forms(AFFINE, MIRRORED, codes))).shape == SHAPE
+
+
+def test_forms_of_different_spaces_may_differ_but_for_their_handedness(tmp_path: Path) -> None:
+    turned = np.array([[0, -1.0, 0, 0], [0, 0, 1, 0], [1, 0, 0, 0], [0, 0, 0, 1]]) @ AFFINE  # a rotation and a swap
+    assert np.sign(np.linalg.det(turned)) == np.sign(np.linalg.det(MIRRORED))
+    refused(save(tmp_path / "a.nii", two_forms(AFFINE, turned, (4, 1))), "left and right are uncertain")
+    path = save(tmp_path / "b.nii", two_forms(MIRRORED, turned, (4, 1)))
+    np.testing.assert_array_equal(nifti.check_header(path).affine, MIRRORED)
+
+
+def test_a_qform_that_cannot_be_worked_out_is_not_heeded(tmp_path: Path) -> None:
+    raw = raw_nifti(sform_code=1, qform_code=1, quatern_b=2)
+    np.testing.assert_array_equal(nifti.check_header(save(tmp_path / "a.nii", raw)).affine, AFFINE)
+
+
+def test_a_slice_without_a_third_axis_has_no_handedness(tmp_path: Path) -> None:
+    for qfac in (1, -1):
+        raw = raw_nifti(
+            values=np.zeros((5, 6)),
+            sform_code=1,
+            qform_code=1,
+            srow_x=[-1, 0, 0, 0],
+            srow_y=[0, 1.5, 0, 0],
+            srow_z=[0, 0, 0, 0],
+            pixdim=[qfac, 1, 1.5, 1, 1, 1, 1, 1],
+        )
+        assert nifti.check_header(save(tmp_path / "a.nii", raw)).axis_codes == "LAS"
 
 
 @pytest.mark.parametrize(

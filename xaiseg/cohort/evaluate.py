@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from xaiseg.cohort.output import OutputFolder
 from xaiseg.cohort.predictions import Pair, find_pairs, is_mask, read_brain, read_prediction, read_reference
-from xaiseg.cohort.records import versions
+from xaiseg.cohort.tables import versions
 from xaiseg.cohort.work import Print
 from xaiseg.errors import InputError
 from xaiseg.instances.matching import RULES
@@ -109,7 +109,7 @@ def evaluate(
             lesions += found
             masks += mask
         summary = summarise(rows, [row["patient"] for row in rows], request.bootstrap, request.seed)
-        output.begin(str(request.input.absolute()))
+        output.begin(str(request.input.absolute()), ("*.tsv", "evaluation.*", "logs/"))
         description = _describe(request, settings, threshold, masks, pairs, tuning)
         _write(output, rows, lesions, summary, tuning, description)
         output.close({"command": sys.argv, "seconds": round(time.time() - started, 1), "settings": asdict(settings)})
@@ -217,7 +217,6 @@ def _write(
     description: Mapping[str, Any],
 ) -> None:
     tables = {"cases.tsv": rows, "summary.tsv": summary, "lesions.tsv": lesions, "tuning.tsv": tuning}
-    output.text(output.root / ".bidsignore", "*.tsv\nevaluation.*\nlogs/\n")
     for name, columns in description["columns"].items():
         output.table(output.root / name, list(columns), tables[name])
     output.json(output.root / "evaluation.json", description)

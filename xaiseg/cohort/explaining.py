@@ -1,4 +1,4 @@
-"""One scan's lesions explained in batches that fit into memory, and what a row costs here."""
+"""One scan's lesions explained in groups, and what a row costs here."""
 
 import math
 import time
@@ -13,10 +13,15 @@ import numpy as np
 from xaiseg._types import Info, Instance, Progress, SaliencyMap
 from xaiseg.cohort.methods import Method
 from xaiseg.errors import InputError
-from xaiseg.inference import StitchedPredictor, WindowPlan
+from xaiseg.inference import StitchedPredictor
 from xaiseg.models import Model
 from xaiseg.saliency import input_gradient
 from xaiseg.saliency.linearise import total_memory
+
+# Passes after which a group of lesions ends: minutes on a CPU, seconds on an accelerator.
+_PASSES = 4096
+# Bytes of the maps of a group while they are computed, where nothing else is said.
+_MAPS_MEMORY = 2**30
 
 
 def case_key(seed: int, case: str) -> jax.Array:
@@ -24,40 +29,29 @@ def case_key(seed: int, case: str) -> jax.Array:
     return jax.random.fold_in(jax.random.key(seed), zlib.crc32(case.encode()))
 
 
-def explain_scan(
-    key: jax.Array,
+def groups(
     method: Method,
     predictor: StitchedPredictor,
-    image: np.ndarray,
+    shape: tuple[int, ...],
     instances: Sequence[Instance],
-    memory: int,
-    progress: Progress | None = None,
-) -> Iterator[tuple[Instance, SaliencyMap, Info, float]]:
-    """Maps of all instances, with the seconds each took, in order. `memory` in bytes bounds the maps alive at once."""
-    volume = jnp.asarray(image)
-    plan = predictor.plan(image.shape)
-    for batch in _batches(plan, instances, image.shape[-1] * method.copies, memory):
-        start = time.perf_counter()
-        maps, infos = method.explain(key, predictor, volume, batch, progress=progress)
-        maps = [_on_host(saliency) for saliency in maps]
-        seconds = time.perf_counter() - start
-        total = sum(info.rows for info in infos)
-        shares = [info.rows / total if total else 1 / len(infos) for info in infos]
-        for instance, saliency, info, share in zip(batch, maps, infos, shares, strict=True):
-            yield instance, saliency, info, seconds * share
+    passes: Sequence[int],
+    memory: int | None,
+) -> Iterator[list[Instance]]:
+    """The instances in order, in groups that are explained together: a group is what is lost when a run is killed.
 
+    passes: of each instance, over all samples. Lesions that share parts of the network are cheaper together, so a group holds as
+    many as `memory` bytes hold maps of, but ends after `_PASSES`. The groups follow from the case and the settings alone, not from
+    the machine nor from what is done already: rows of lesions that are computed together are added up in an order that depends on
+    who they are with.
 
-def _on_host(saliency: SaliencyMap) -> SaliencyMap:
-    error = saliency.standard_error
-    return saliency._replace(
-        values=np.asarray(saliency.values), standard_error=None if error is None else np.asarray(error)
-    )
-
-
-def _batches(plan: WindowPlan, instances: Sequence[Instance], numbers: int, memory: int) -> Iterator[list[Instance]]:
-    batch: list[Instance] = []
-    held = 0
-    for instance in instances:
+    Raises InputError for an instance whose map this machine has no memory for.
+    """
+    plan = predictor.plan(shape)
+    numbers = shape[-1] * method.copies
+    memory = memory or _MAPS_MEMORY
+    group: list[Instance] = []
+    held = taken = 0
+    for instance, own in zip(instances, passes, strict=True):
         windows = np.flatnonzero((plan.coverage(instance.voxels)[1] > 0).any(1))
         needed = math.prod(plan.bounding_box(windows).shape) * numbers * 4
         if needed > total_memory():
@@ -65,13 +59,47 @@ def _batches(plan: WindowPlan, instances: Sequence[Instance], numbers: int, memo
                 f"lesion {instance.label} needs {needed / 2**30:.3g} GiB for its map under way, more than there is; "
                 "choose another --aggregate than median, or leave it out by --lesions"
             )
-        if batch and held + needed > memory:
-            yield batch
-            batch, held = [], 0
-        batch.append(instance)
-        held += needed
-    if batch:
-        yield batch
+        if group and (held + needed > memory or taken + own > _PASSES):
+            yield group
+            group, held, taken = [], 0, 0
+        group.append(instance)
+        held, taken = held + needed, taken + own
+    if group:
+        yield group
+
+
+def explain_group(
+    key: jax.Array,
+    method: Method,
+    predictor: StitchedPredictor,
+    image: jax.Array,
+    instances: Sequence[Instance],
+    progress: Progress | None = None,
+) -> list[tuple[Instance, SaliencyMap, Info]]:
+    """Maps of instances that are explained together, on the host. Raises FloatingPointError for one that is not finite."""
+    maps, infos = method.explain(key, predictor, image, instances, progress=progress)
+    found = [(i, _on_host(saliency), info) for i, saliency, info in zip(instances, maps, infos, strict=True)]
+    for instance, saliency, _ in found:
+        if not np.isfinite(saliency.values).all():
+            raise FloatingPointError(
+                f"lesion {instance.label}: the map of {method.title} has values that are no numbers"
+            )
+    return found
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether a device or this machine had no memory for what was asked."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError)
+        and ("RESOURCE_EXHAUSTED" in str(error) or "out of memory" in str(error).lower())
+    )
+
+
+def _on_host(saliency: SaliencyMap) -> SaliencyMap:
+    error = saliency.standard_error
+    return saliency._replace(
+        values=np.asarray(saliency.values), standard_error=None if error is None else np.asarray(error)
+    )
 
 
 def seconds_per_row(method: Method, predictor: StitchedPredictor, image: np.ndarray, instance: Instance) -> float:

@@ -52,7 +52,6 @@ METHOD_COLUMNS = {
     "samples_for_5_percent": "Noise samples that would bring the standard error of each channel's peak to 5 % of the largest peak",
     "windows": "Sliding windows that hold voxels of the instance",
     "rows": "Backward passes through one window, per sample",
-    "seconds": "Time, a batch's total shared out by rows",
 }
 
 
@@ -136,8 +135,7 @@ def describe_columns(methods: Mapping[str, Method]) -> dict[str, dict[str, str]]
                 entry = {"Description": f"{text} ({prefix}, {name})", "Units": method.unit}
                 described[_column(prefix, name, measure)] = entry
         for measure, text in METHOD_COLUMNS.items():
-            entry = {"Description": f"{text} ({prefix})"}
-            described[f"{prefix}_{measure}"] = entry | ({"Units": "s"} if measure == "seconds" else {})
+            described[f"{prefix}_{measure}"] = {"Description": f"{text} ({prefix})"}
         for measure in method.extra:
             described[f"{prefix}_{measure}"] = {"Description": f"{EXTRA_COLUMNS[measure]} ({prefix})"}
     return described

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,62 +20,22 @@ from xaiseg.imaging import Case, Scan, nifti
 _LOG = Path("logs/run.json")
 
 
-class OutputFolder:
-    """A folder of derivatives. It must be new or empty, or an earlier run's that `overwrite` allows to replace.
+class OutputError(InputError):
+    """The output cannot be written: no case is to blame, and there is no use in going on with the next."""
 
-    With `overwrite` exactly the files that the earlier run recorded are replaced: set aside by `begin`, removed by `close`, put
-    back by `discard`. Raises InputError for a folder that exists and is not to be overwritten, that holds something else, or that
-    cannot be written.
+
+class Files:
+    """Writes below a folder: each file to a temporary name that is then renamed, folders as they are needed.
+
+    All methods raise OutputError where that fails.
     """
 
-    def __init__(self, root: str | Path, overwrite: bool = False) -> None:
+    def __init__(self, root: str | Path) -> None:
         self.root = Path(root)
-        self._files: list[Path] = []
-        self._earlier: list[Path] = []
-        self._created: list[Path] = []
-        self._aside = self.root / f".earlier-{os.getpid()}"
-        if os.path.lexists(self.root) and not os.path.isdir(self.root):
-            raise InputError(f"{self.root}: is a file, expected a folder to write to; choose another name")
-        try:
-            occupied = os.path.isdir(self.root) and any(self.root.iterdir())
-        except OSError as error:
-            raise InputError(f"{self.root}: cannot be read ({error.strerror}); choose another folder") from error
-        if occupied:
-            if not overwrite:
-                raise InputError(f"{self.root}: is not empty; choose another folder or give --overwrite")
-            self._earlier = self._recorded()
-        self._check_writable()
 
-    def _recorded(self) -> list[Path]:
-        log = self.root / _LOG
-        try:
-            files = json.loads(log.read_text())["files"]
-            return [log] + [
-                self.root / name for name in files if ".." not in Path(name).parts and not Path(name).is_absolute()
-            ]
-        except (OSError, ValueError, KeyError, TypeError):
-            raise InputError(
-                f"{self.root}: is not empty and holds no {_LOG} of an earlier run, so --overwrite does not touch it; "
-                "choose another folder"
-            ) from None
-
-    def _check_writable(self) -> None:
-        parent = self.root
-        # Not Path.exists: it raises for a folder that may not be searched.
-        while not os.path.exists(parent):
-            parent = parent.parent
-        try:
-            with tempfile.TemporaryFile(dir=parent):
-                pass
-        except OSError as error:
-            raise InputError(f"{self.root}: cannot be written ({error.strerror}); choose another folder") from error
-
-    def begin(self, source: str) -> None:
-        """Set the earlier run's files aside; called when the headers are known to be good.
-
-        The dataset description comes first: by it a folder inside a dataset is known as this tool's results, even of a killed run.
-        """
-        self._move(self._earlier, self.root, self._aside)
+    def describe(self, source: str, ignored: Sequence[str]) -> None:
+        """The dataset description, by which a folder inside a dataset is known as this tool's results; even of a killed run, so it
+        comes first. `ignored` are patterns of files for which BIDS has no name."""
         description = {
             "Name": "xaiseg: instance-level saliency",
             "BIDSVersion": "1.10.0",
@@ -84,10 +44,7 @@ class OutputFolder:
             "SourceDatasets": [{"URL": source}],
         }
         self.json(self.root / "dataset_description.json", description)
-        self.text(
-            self.root / ".bidsignore",
-            "*_saliency.*\n*.png\nlogs/\nlesions.*\ncases.*\n**/*_desc-lesions.tsv\n",
-        )
+        self.text(self.root / ".bidsignore", "".join(f"{pattern}\n" for pattern in ignored))
 
     def path(self, case: Case, name: str) -> Path:
         """The file `NAME` of a case, `sub-01/ses-01/anat/sub-01_ses-01_NAME`."""
@@ -110,7 +67,7 @@ class OutputFolder:
 
     def text(self, path: Path, content: str) -> None:
         def write() -> None:
-            temporary = path.with_name(f".{path.name}.tmp")
+            temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
             try:
                 temporary.write_text(content, encoding="utf-8")
                 os.replace(temporary, path)
@@ -122,7 +79,7 @@ class OutputFolder:
     def json(self, path: Path, content: Mapping[str, Any]) -> None:
         self.text(path, json.dumps(content, indent=2, default=_plain, ensure_ascii=False) + "\n")
 
-    def table(self, path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
+    def table(self, path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
         """A BIDS table: tab-separated, `n/a` for what is missing."""
         stream = io.StringIO()
         writer = csv.writer(stream, delimiter="\t", lineterminator="\n")
@@ -130,14 +87,91 @@ class OutputFolder:
         writer.writerows([_cell(row.get(column)) for column in columns] for row in rows)
         self.text(path, stream.getvalue())
 
-    def discard_case(self, case: Case) -> None:
-        """Remove what was written for a case that failed."""
-        folder = self.path(case, "").parent
-        self._remove([file for file in self._files if file.parent == folder])
+    def _make(self, place: Path) -> None:
+        for folder in reversed([place, *place.parents]):
+            if not folder.exists():
+                try:
+                    folder.mkdir(exist_ok=True)  # another run may make it now
+                except OSError as error:
+                    raise OutputError(f"{folder}: cannot be made ({error.strerror}); choose another folder") from error
+                self._made(folder)
+
+    def _write(self, path: Path, write: Any) -> None:
+        self._make(path.parent)
+        self._begun(path)  # before it exists: an interruption just after the renaming must find it listed
+        try:
+            write()
+        except OSError as error:
+            raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from error
+        except InputError as error:  # of `nifti.write`
+            raise OutputError(str(error)) from error
+
+    def _begun(self, path: Path) -> None:
+        """Told of every file before it is written."""
+
+    def _made(self, folder: Path) -> None:
+        """Told of every folder that was made."""
+
+    def check_writable(self) -> None:
+        """Raises OutputError."""
+        parent = self.root
+        # Not Path.exists: it raises for a folder that may not be searched.
+        while not os.path.exists(parent):
+            parent = parent.parent
+        try:
+            with tempfile.TemporaryFile(dir=parent):
+                pass
+        except OSError as error:
+            raise OutputError(f"{self.root}: cannot be written ({error.strerror}); choose another folder") from error
+
+
+class OutputFolder(Files):
+    """A folder of derivatives. It must be new or empty, or an earlier run's that `overwrite` allows to replace.
+
+    With `overwrite` exactly the files that the earlier run recorded are replaced: set aside by `begin`, removed by `close`, put
+    back by `discard`. Raises InputError for a folder that exists and is not to be overwritten, that holds something else, or that
+    cannot be written.
+    """
+
+    def __init__(self, root: str | Path, overwrite: bool = False) -> None:
+        super().__init__(root)
+        self._files: dict[Path, None] = {}
+        self._earlier: list[Path] = []
+        self._created: list[Path] = []
+        self._aside = self.root / f".earlier-{os.getpid()}"
+        if os.path.lexists(self.root) and not os.path.isdir(self.root):
+            raise InputError(f"{self.root}: is a file, expected a folder to write to; choose another name")
+        try:
+            occupied = os.path.isdir(self.root) and any(self.root.iterdir())
+        except OSError as error:
+            raise InputError(f"{self.root}: cannot be read ({error.strerror}); choose another folder") from error
+        if occupied:
+            if not overwrite:
+                raise InputError(f"{self.root}: is not empty; choose another folder or give --overwrite")
+            self._earlier = self._recorded()
+        self.check_writable()
+
+    def _recorded(self) -> list[Path]:
+        log = self.root / _LOG
+        try:
+            files = json.loads(log.read_text())["files"]
+            return [log] + [
+                self.root / name for name in files if ".." not in Path(name).parts and not Path(name).is_absolute()
+            ]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise InputError(
+                f"{self.root}: is not empty and holds no {_LOG} of an earlier run, so --overwrite does not touch it; "
+                "choose another folder"
+            ) from None
+
+    def begin(self, source: str, ignored: Sequence[str]) -> None:
+        """Set the earlier run's files aside; called when the headers are known to be good."""
+        self._move(self._earlier, self.root, self._aside)
+        self.describe(source, ignored)
 
     def discard(self) -> None:
         """Leave the folder as it was found."""
-        self._remove(self._files)
+        self._remove(list(self._files))
         if self._aside.exists():
             self._move([self._aside / file.relative_to(self.root) for file in self._earlier], self._aside, self.root)
 
@@ -146,25 +180,16 @@ class OutputFolder:
         self.json(self.root / _LOG, {**log, "files": sorted(str(f.relative_to(self.root)) for f in self._files)})
         shutil.rmtree(self._aside, ignore_errors=True)
 
-    def _write(self, path: Path, write: Any) -> None:
-        for folder in reversed([path.parent, *path.parent.parents]):
-            if not folder.exists():
-                try:
-                    folder.mkdir()
-                except OSError as error:
-                    raise InputError(f"{folder}: cannot be made ({error.strerror}); choose another folder") from error
-                self._created.append(folder)
-        if path not in self._files:
-            self._files.append(path)  # before it exists: an interruption just after the renaming must find it listed
-        try:
-            write()
-        except OSError as error:
-            raise InputError(f"{path}: cannot be written ({error.strerror or error})") from error
+    def _begun(self, path: Path) -> None:
+        self._files[path] = None
+
+    def _made(self, folder: Path) -> None:
+        self._created.append(folder)
 
     def _remove(self, files: Sequence[Path]) -> None:
         for file in files:
             file.unlink(missing_ok=True)
-        self._files = [file for file in self._files if file not in set(files)]
+        self._files = {file: None for file in self._files if file not in set(files)}
         for folder in reversed(self._created):
             with contextlib.suppress(OSError):
                 folder.rmdir()

@@ -1,64 +1,151 @@
 """What a run is about to do and how long it will take, said before it starts."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import jax
 
 from xaiseg.cohort.explaining import precision_error, seconds_per_row
-from xaiseg.cohort.methods import Method, Settings
-from xaiseg.cohort.work import Print, Request, Work, load_scan
+from xaiseg.cohort.journal import CaseRecord
+from xaiseg.cohort.methods import Method
+from xaiseg.cohort.segmentation import on_image
+from xaiseg.cohort.session import Session
+from xaiseg.cohort.stages import INSTANCES
+from xaiseg.cohort.work import Print, load_scan
+from xaiseg.errors import InputError
 from xaiseg.imaging import Case, check_header
 from xaiseg.inference import StitchedPredictor
+from xaiseg.instances import instances_of
 from xaiseg.models import Model
 
+# A float map of random digits compresses little; rounded to a float16's bits, to about half.
+_PACKED = {"float32": 0.9, "float16": 0.45}
+_PICTURE = 150_000  # bytes
 
-def say_plan(
-    works: Sequence[Work],
-    methods: Sequence[Method],
-    predictor: StitchedPredictor,
-    model: Model,
-    settings: Settings,
-    request: Request,
-    say: Print,
-) -> int:
-    """Print what is about to be done and what it will take; returns the units of the progress bar."""
-    busy = [work for work in works if work.instances]
-    smallest = min(busy, key=lambda work: math.prod(work.volume_shape))
-    scan = load_scan(smallest.case, model.spec, request.resample)
-    lesions = sum(len(work.instances) for work in busy)
-    left_out = sum(work.present for work in works) - lesions
-    devices = 1 if predictor.mesh is None else predictor.mesh.size
+
+@dataclass
+class Load:
+    """What is left to do. passes: by method, over all samples. rows, windows: of one sample. known: seconds and passes of what is
+    done, by method."""
+
+    cases: int = 0
+    lesions: int = 0
+    left_out: int = 0
+    rows: dict[str, int] = field(default_factory=dict)
+    windows: dict[str, int] = field(default_factory=dict)
+    known: dict[str, tuple[float, int]] = field(default_factory=dict)
+    done: int = 0
+    voxels: int = 0
+    units: int = 0
+    smallest: tuple[int, str] | None = None
+
+    def add(self, record: CaseRecord, methods: Sequence[Method]) -> None:
+        if record.segmented is None:
+            return
+        shape, costs = record.segmented["shape"], record.segmented["costs"]
+        labels = record.lesions()
+        missing = record.missing([m.key for m in methods])
+        self.done += len(labels) * len(methods) - len(missing)
+        self.left_out += record.segmented["present"] - len(labels)
+        for timing in record.timings:
+            if timing["passes"]:
+                seconds, passes = self.known.get(timing["unit"], (0.0, 0))
+                self.known[timing["unit"]] = (seconds + timing["seconds"], passes + timing["passes"])
+        if not missing:
+            return
+        self.cases += 1
+        self.lesions += len({label for _, label in missing})
+        for key, label in missing:
+            rows, windows = costs[key][str(label)]
+            self.rows[key] = self.rows.get(key, 0) + rows
+            self.windows[key] = self.windows.get(key, 0) + windows
+            self.voxels += record.segmented["map_voxels"][str(label)]
+            self.units += 1
+        size = (math.prod(shape), record.name)
+        self.smallest = min(self.smallest or size, size)
+
+
+def load_of(records: Iterator[CaseRecord], methods: Sequence[Method]) -> Load:
+    load = Load()
+    for record in records:
+        load.add(record, methods)
+    return load
+
+
+def say_plan(session: Session, load: Load, cases: Mapping[str, Case], say: Print, devices: int | None = None) -> int:
+    """Print what is about to be done and what it will take; returns the units of the progress bar.
+
+    devices: that work side by side, where those of this process are not all. Raises InputError for what an explainer refuses.
+    """
+    settings, predictor, request = session.settings, session.explained, session.request
+    assert settings is not None
+    assert load.smallest is not None
+    case = cases[load.smallest[1]]
+    scan = load_scan(case, session.model.spec, request.resample)
+    labels = scan.labels(session.folder.path(case, INSTANCES))
+    record = CaseRecord.read(session.folder.root, case.name)
+    (instance, *_), _ = on_image(instances_of(labels, record.lesions()), labels, scan)
+    mesh = 1 if predictor.mesh is None else predictor.mesh.size
     units, seconds = 0, 0.0
     lines = []
-    for method in methods:
-        rows = windows = 0
-        for work in busy:
-            for instance in work.instances:
-                r, w = method.cost(predictor, work.volume_shape, instance)
-                rows, windows = rows + r, windows + w
-        each = seconds_per_row(method, replace(predictor, mesh=None), scan.image, smallest.instances[0])
+    for method in session.methods:
+        if not (rows := load.rows.get(method.key)):
+            continue
+        before, passes = load.known.get(method.key, (0.0, 0))
+        try:
+            each = (
+                before / passes
+                if passes
+                else seconds_per_row(method, replace(predictor, mesh=None), scan.image, instance)
+            )
+        except InputError:
+            raise
+        except (
+            ValueError
+        ) as error:  # what an explainer refuses when it is called is the user's to mend, as any other input
+            raise InputError(str(error)) from error
         units += rows * method.samples
-        seconds += rows * method.samples * each / (devices if method.spreads else 1)
+        spread = mesh if method.spreads and not passes else 1
+        seconds += rows * method.samples * each / spread / (devices or 1)
         lines.append(
-            f"  {method.title}: {rows:,} rows × {method.samples} through {windows:,} windows, {each * 1e3:.3g} ms a row measured"
+            f"  {method.title}: {rows:,} rows × {method.samples} through {load.windows[method.key]:,} windows, "
+            f"{each * 1e3:.3g} ms a row measured"
         )
-    smaller = f" ({left_out} left out: below --min-voxels {request.min_voxels} or not selected)" if left_out else ""
-    say(f"plan: {len(busy)} case{'s' * (len(busy) > 1)}, {lesions} lesion{'s' * (lesions > 1)}{smaller}")
+    smaller = (
+        f" ({load.left_out} left out: below --min-voxels {request.min_voxels} or not selected)" if load.left_out else ""
+    )
+    done = f"; {load.done} units done before" if load.done else ""
+    say(f"plan: {load.cases} case{_s(load.cases)}, {load.lesions} lesion{_s(load.lesions)}{smaller}{done}")
     for line in lines:
         say(line)
-    where = f"{devices} × {jax.devices()[0].device_kind}" if devices > 1 else jax.devices()[0].device_kind
-    say(f"  estimated time {_duration(seconds)} on {where}")
+    count = devices or mesh
+    kind = jax.devices()[0].device_kind
+    say(f"  estimated time {duration(seconds)} on {f'{count} × {kind}' if count > 1 else kind}")
+    say(f"  files: at most {_size(_bytes(session, load))} ({_stored(session)})")
     if settings.precision != "float32":
-        error = precision_error(model, settings.precision, predictor, scan.image, smallest.instances[0])
-        say(f"  {settings.precision}: one row differs from float32 by up to {error:.2g} of its largest value")
+        off = precision_error(session.model, settings.precision, predictor, scan.image, instance)
+        say(f"  {settings.precision}: one row differs from float32 by up to {off:.2g} of its largest value")
     return units
 
 
-def nothing_to_explain(works: Sequence[Work], request: Request, model: Model) -> str:
-    where = works[0].case.name if len(works) == 1 else f"{len(works)} cases"
-    present = sum(work.present for work in works)
+def _bytes(session: Session, load: Load) -> float:
+    request, channels = session.request, len(session.model.spec.channels)
+    maps = load.voxels * channels * 4 * _PACKED[request.map_dtype] if request.save_maps != "none" else 0
+    return maps + (load.units * _PICTURE if request.pictures else 0)
+
+
+def _stored(session: Session) -> str:
+    request = session.request
+    maps = "no maps" if request.save_maps == "none" else f"maps: {request.save_maps}, {request.map_dtype}"
+    return maps + (", with pictures" if request.pictures else ", no pictures")
+
+
+def nothing_to_explain(session: Session, records: Iterator[CaseRecord]) -> str:
+    request, model = session.request, session.model
+    found = [record for record in records if record.segmented is not None]
+    where = found[0].name if len(found) == 1 else f"{len(found)} cases"
+    present = sum((record.segmented or {})["present"] for record in found)
     if present:
         return (
             f"{where}: none of the {present} instances has {request.min_voxels} voxels or more, so there is nothing to explain; "
@@ -80,7 +167,19 @@ def window_count(predictor: StitchedPredictor, model: Model, cases: Sequence[Cas
     return sum(len(predictor.plan(check_header(next(iter(case.images.values()))).shape).starts) for case in cases)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _size(number: float) -> str:
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if number < 1000:
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:.3g} TB"
+
+
+def _s(count: int) -> str:
+    return "s" * (count != 1)

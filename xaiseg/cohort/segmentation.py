@@ -109,11 +109,11 @@ def chosen_instances(target: Target, case: str, min_voxels: int, wanted: list[in
     return [instance for instance in instances_of(target.labels) if len(instance.voxels) >= min_voxels]
 
 
-def on_image(instances: Sequence[Instance], target: Target, scan: Scan) -> tuple[list[Instance], list[int]]:
-    """The instances in voxels of the scan's image, and the labels of those that lie outside of it."""
+def on_image(instances: Sequence[Instance], labels: np.ndarray, scan: Scan) -> tuple[list[Instance], list[int]]:
+    """The instances of a label map in voxels of the scan's image, and the labels of those that lie outside of it."""
     if scan.prepared is None:
         return list(instances), []
-    labels = scan.labels_to_image(target.labels)
-    present = set(np.unique(labels).tolist())
+    moved = scan.labels_to_image(labels)
+    present = set(np.unique(moved).tolist())
     held = [instance.label for instance in instances if instance.label in present]
-    return instances_of(labels, held), [i.label for i in instances if i.label not in present]
+    return instances_of(moved, held), [i.label for i in instances if i.label not in present]

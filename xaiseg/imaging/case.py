@@ -179,31 +179,40 @@ def preflight(cases: Sequence[Case], channels: Sequence[str], resample: bool = F
     Raises:
         InputError: one line for all problems: the first in full, the others by file name.
     """
-    problems: list[tuple[Path, str]] = []
-
-    def grid_at(path: Path) -> Grid | None:
-        try:
-            return nifti.check_header(path)
-        except InputError as error:
-            problems.append((path, str(error)))
-            return None
-
-    for case in cases:
-        paths = [case.images[channel] for channel in channels]
-        maps = [path for path in (case.reference, case.instances) if path]
-        grids = {path: grid_at(path) for path in [*paths, *maps]}
-        first = grids[paths[0]]
-        for path in [*(paths[1:] if not resample else []), *maps]:
-            own = grids[path]
-            if first and own and (unlike := difference(first, own)):
-                hint = _apart if path not in maps else _map_apart
-                problems.append((path, hint(paths[0], path, unlike)))
-
-    if problems:
-        message = problems[0][1]
-        if others := [path.name for path, _ in problems[1:]]:
+    found = [problem for case in cases for problem in problems(case, channels, resample)]
+    if found:
+        message = found[0][1]
+        if others := [path.name for path, _ in found[1:]]:
             message += f" (and {len(others)} more: {', '.join(others[:3])}{', …' if len(others) > 3 else ''})"
         raise InputError(message)
+
+
+def problems(case: Case, channels: Sequence[str], resample: bool = False) -> list[tuple[Path, str]]:
+    """Everything that is wrong with the headers of a case: files that cannot be used, and grids that differ.
+
+    Args:
+        resample: the channels may be on different grids; lesion maps may not.
+
+    Returns:
+        File and message of one line, each; none where the case can be loaded, as far as headers tell. Whatever a file is,
+        nothing is raised.
+    """
+    found: list[tuple[Path, str]] = []
+    paths = [case.images[channel] for channel in channels]
+    maps = [path for path in (case.reference, case.instances) if path]
+    grids: dict[Path, Grid] = {}
+    for path in dict.fromkeys([*paths, *maps]):
+        try:
+            grids[path] = nifti.check_header(path)
+        except InputError as error:
+            found.append((path, str(error)))
+    first = grids.get(paths[0])
+    for path in dict.fromkeys([*(paths[1:] if not resample else []), *maps]):
+        own = grids.get(path)
+        if first and own and (unlike := difference(first, own)):
+            hint = _apart if path not in maps else _map_apart
+            found.append((path, hint(paths[0], path, unlike)))
+    return found
 
 
 def _apart(first: Path, path: Path, unlike: str) -> str:

@@ -12,11 +12,18 @@ from xaiseg.errors import InputError
 from xaiseg.imaging.grid import Grid, difference
 
 SIZE = 540  # bytes; NIfTI-2, whose header is the longer one
+MAX_AXIS = 32767  # voxels; NIfTI-1 has no room for more
+MAX_VOXELS = 2**31  # 1290 along each axis; no scan of a head comes near it
 _ALIGNED = 2  # NIFTI_XFORM_ALIGNED_ANAT, "aligned to another file's or to anatomical truth"
 _PLACEMENT = [f"quatern_{a}" for a in "bcd"] + [f"qoffset_{a}" for a in "xyz"] + [f"srow_{a}" for a in "xyz"]
 # nibabel would print every flaw that it repairs.
 _silent = logging.Logger("xaiseg.imaging.header")
 _silent.addHandler(logging.NullHandler())
+
+
+def is_header(raw: bytes) -> bool:
+    """Whether the bytes begin as a NIfTI header of either version and byte order does."""
+    return {int.from_bytes(raw[:4], "little"), int.from_bytes(raw[:4], "big")} & {348, SIZE} != set()
 
 
 @np.errstate(all="ignore")
@@ -29,6 +36,7 @@ def parse(path: Path, raw: bytes) -> nib.Nifti1Header:
     try:
         header = kind(raw[: kind.sizeof_hdr], check=False)
         header.check_fix(logger=_silent, error_level=40)
+        mirrored = _mirrored(header)
         _complete_slice(header)
         shape, dtype, affine = header.get_data_shape(), header.get_data_dtype(), header.get_best_affine()
         slope, inter, offset = float(header["scl_slope"]), float(header["scl_inter"]), header.get_data_offset()
@@ -48,6 +56,9 @@ def parse(path: Path, raw: bytes) -> nib.Nifti1Header:
         )
     if min(shape) < 1:
         raise refuse(f"shape {shape}", "at least one voxel along each axis", "give another file")
+    if max(shape) > MAX_AXIS or math.prod(map(int, shape)) > MAX_VOXELS:
+        limit = f"at most {MAX_AXIS} voxels along an axis and {MAX_VOXELS} in all"
+        raise refuse(f"header announces shape {shape}", limit, "copy or download it again")
     if dtype.kind not in "iuf":
         name = "RGB or other compound" if dtype.kind == "V" else dtype.name
         raise refuse(f"voxels are {name} values", "real numbers", "convert to a scalar image")
@@ -64,7 +75,35 @@ def parse(path: Path, raw: bytes) -> nib.Nifti1Header:
     if (unit := int(header["xyzt_units"]) & 7) in (1, 3):
         found = {1: "metres", 3: "micrometres"}[unit]
         raise refuse(f"header gives lengths in {found}", "millimetres", "convert affine and unit to millimetres")
+    if mirrored:
+        raise refuse(
+            f"left and right are uncertain: {mirrored}, and one is the mirror image of the other",
+            "two forms of one handedness",
+            "find out from the scanner's data which is right and copy it over the other "
+            "(fslorient -copyqform2sform or -copysform2qform, or set_sform and set_qform of nibabel)",
+        )
     return header
+
+
+def _mirrored(header: nib.Nifti1Header) -> str | None:
+    """What sform and qform say, where both have a code and one is left-handed and the other right-handed.
+
+    A slice whose sform leaves its third axis out has no handedness, nor has a qform that cannot be worked out: no more than
+    the other form is known then.
+    """
+    if not (header["sform_code"] > 0 and header["qform_code"] > 0):
+        return None
+    try:
+        sform, qform = header.get_sform(), header.get_qform()
+    except (HeaderDataError, ValueError):
+        return None
+    if not np.sign(np.linalg.det(sform[:3, :3])) * np.sign(np.linalg.det(qform[:3, :3])) < 0:  # also for NaN
+        return None
+    ours, theirs = ("".join(axis or "?" for axis in nib.aff2axcodes(form)) for form in (sform, qform))
+    return (
+        f"the axes of its sform (code {header['sform_code']}) run {ours}, "
+        f"those of its qform (code {header['qform_code']}) {theirs}"
+    )
 
 
 def _complete_slice(header: nib.Nifti1Header) -> None:

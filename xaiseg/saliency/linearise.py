@@ -28,7 +28,7 @@ _KEPT = 64
 _KEPT_SHARE = 4
 # On CPU a chunk whose temporaries outgrow this is slower per row than a smaller one: fresh pages cost more than batching saves.
 _CPU_WORKING_SET = 40 * 2**20
-_MAX_CHUNK = 128
+MAX_CHUNK = 128
 # A small chunk is this fraction of a large one: padding wastes little, and two programs do.
 _SMALL = 8
 # Rows that are held while their views, too large to be kept together, are linearised one after another.
@@ -252,7 +252,7 @@ def chunk_sizes(linear: Linear, chunk: int | None, memory: int | None, extra: in
     budget = _CPU_WORKING_SET if device.platform == "cpu" else max(total_memory(device) // 4, 2**30)
     if memory is not None:
         budget = min(budget, memory)
-    size = max(1, min(_MAX_CHUNK, budget // max(needed, 1)))
+    size = max(1, min(MAX_CHUNK, budget // max(needed, 1)))
     return (size, size // _SMALL) if size >= 2 * _SMALL else (size,)
 
 
