@@ -6,8 +6,9 @@ The README shows its use in ten lines; `_types` holds the shapes of the parts.
 from xaiseg._types import Aggregator, Explainer, Info, Instance, LogitsFn, SaliencyMap, TappedFn
 from xaiseg._version import __version__
 from xaiseg.checkpoints import convert, load_model, save_model
-from xaiseg.cohort import Request, Settings, explain, load_scan, segment
+from xaiseg.cohort import Execution, Request, Settings, explain, load_scan, segment
 from xaiseg.cohort.evaluate import EvaluationRequest, evaluate
+from xaiseg.cohort.frames import tables
 from xaiseg.errors import InputError
 from xaiseg.imaging import Case, Scan, read_input
 from xaiseg.inference import StitchedPredictor, device_mesh
@@ -71,6 +72,7 @@ __all__ = [
     "DynUNet",
     "EvaluationRequest",
     "EvaluationSettings",
+    "Execution",
     "Explainer",
     "Info",
     "InputError",
@@ -140,6 +142,7 @@ __all__ = [
     "smoothgrad",
     "summarise",
     "surface_distances",
+    "tables",
     "tapped_from_linen",
     "times_input",
     "total",

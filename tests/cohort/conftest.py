@@ -42,10 +42,18 @@ def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
 def explain(no_figures: None, native_model: Path, manifest: Path, tmp_path: Path) -> Explain:
     """`explain(name, *options)` runs the command on the one case into the folder `name`, which it returns."""
 
-    def call(name: str, *options: str, source: Path = manifest, model: Path = native_model, status: int = 0) -> Path:
+    def call(
+        name: str,
+        *options: str,
+        source: Path = manifest,
+        model: Path = native_model,
+        status: int = 0,
+        level: str | None = None,
+    ) -> Path:
         out = tmp_path / name
+        where = [str(source), str(out), *([level] if level else [])]
         defaults = ["--samples", "2", "--chunk", "4"]
-        assert main(["explain", str(source), str(out), "--model", str(model), *defaults, *options]) == status
+        assert main(["explain", *where, "--model", str(model), *defaults, *options]) == status
         return out
 
     return call

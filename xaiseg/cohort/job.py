@@ -124,7 +124,7 @@ class _Job:
     def __init__(self, session: Session, cohort: Cohort, execution: Execution, say: Print) -> None:
         self.session, self.execution, self.say = session, execution, say
         self.cases, self.rejected = cohort.cases, cohort.rejected
-        self.names = [case.name for case in cohort.cases] + [r.name for r in cohort.rejected]
+        self.names = list(dict.fromkeys([case.name for case in cohort.cases] + [r.name for r in cohort.rejected]))
         self.explaining = self.crashed = False
 
     def work(self, resumed: bool) -> Iterator[Result]:
