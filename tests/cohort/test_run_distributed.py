@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny import snapshot
+from tiny import snapshot, table
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -25,6 +25,33 @@ def test_a_cohort_ends_the_same_whatever_happens_to_it(way: str, tmp_path: Path)
     assert done.returncode == 0, (done.stderr, logs)
     assert f"{way}:" in done.stdout
     assert "equal" in done.stdout
+
+
+def test_slurm_jobs(explain, cohort: Path, native_model: Path, tmp_path: Path) -> None:
+    """SLURM played by two shell scripts: `sbatch` starts what it is given, `scancel` ends it."""
+    pytest.importorskip("dask_jobqueue", reason="dask is an optional extra")
+    commands = {
+        "sbatch": f"""for script; do :; done; cp "$script" {tmp_path}/job.sh
+setsid bash {tmp_path}/job.sh > {tmp_path}/job.log 2>&1 < /dev/null & echo "Submitted batch job $!" """,
+        "scancel": 'for job; do kill -- "-$job"; done',
+    }
+    (tmp_path / "bin").mkdir()
+    for name, text in commands.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    command = [sys.executable, "-m", "xaiseg.cli", "explain", str(cohort), str(tmp_path / "out")]
+    command += ["--model", str(native_model), "--samples", "2", "--chunk", "4", "--no-pictures", "--executor", "slurm"]
+    command += ["--job-option", "memory=1GB", "--job-option", "job_extra_directives=--gres=gpu:1"]
+    environment = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "#SBATCH --gres=gpu:1" in (tmp_path / "job.sh").read_text()
+    whole = explain("whole", "--no-pictures", source=cohort)
+    for file in whole.rglob("*_saliency.nii.gz"):
+        assert (tmp_path / "out" / file.relative_to(whole)).is_file()
+    workers = {row["worker"] for row in table(tmp_path / "out" / "logs" / "timings.tsv")}
+    assert len(workers) == 1
+    assert workers.isdisjoint({row["worker"] for row in table(whole / "logs" / "timings.tsv")})
 
 
 def test_a_disk_that_fills_up(explain, cohort: Path, tmp_path: Path, native_model: Path) -> None:

@@ -82,6 +82,7 @@ def test_every_file_and_no_other(out: Path) -> None:
     names += ["space-orig_label-L_mask.nii.gz", "space-orig_label-L_probseg.nii.gz"]
     top = ["dataset_description.json", ".bidsignore", "desc-smoothgrad_saliency.json", "desc-gradcampp_saliency.json"]
     top += ["lesions.tsv", "lesions.json", "cases.tsv", "cases.json", "desc-smoothgrad_summary.png"]
+    top += ["README.md"] + [f"space-orig_{n}.json" for n in ("label-L_probseg", "label-L_mask", "desc-instances_dseg")]
     top += [f"logs/{name}" for name in ("run.json", "settings.json", "plan.json", "failures.tsv", "timings.tsv")]
     top += [f"logs/cases/{CASE}.jsonl", f"logs/{WORKER}.log", "logs/locks/run", "logs/locks/plan", "logs/locks/tables"]
     expected = {out / name for name in top} | {place(out, name) for name in names}

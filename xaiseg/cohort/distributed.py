@@ -27,6 +27,8 @@ from xaiseg.imaging import Case
 
 _MODEL = Path("logs/model")
 _RETRIES = 3
+# Options of a job that are lists: each may be given several times.
+_LISTS = ("job_extra_directives", "job_script_prologue", "worker_extra_args", "job_directives_skip")
 _POLL = 0.1  # seconds
 
 
@@ -44,58 +46,65 @@ class _Place:
     accelerated: bool
 
 
-def work_through_workers(
-    session: Session,
-    execution: Execution,
-    cases: Sequence[Case],
-    stage: str,
-    stopped: Stopped,
-    progress: Callable[[int], Any],
-) -> Iterator[dict[str, Any]]:
-    """As `local.work_through`, a task for each case. A case whose worker is lost is given to another, which goes on from the
-    journal. Raises InputError where there are no workers to be had."""
-    distributed = _package("distributed", "dask")
-    folder = session.folder
-    with folder.exclusively("model"):
-        if not (folder.root / _MODEL).is_dir() or model_hash(load_model(folder.root / _MODEL)) != model_hash(
-            session.model
-        ):
-            save_model(folder.root / _MODEL, session.model, overwrite=True)
-    # the folder is shared, so a file can tell every worker to stop
-    stop = folder.root / "logs" / f"stop-{os.getpid()}-{time.time_ns()}"
-    request = replace(session.request, input=session.request.input.absolute(), output=folder.root, overwrite=False)
-    local = (execution.workers or 1) if execution.executor == "dask" and execution.scheduler is None else 0
-    place = _Place(request, session.settings, stop, local, jax.default_backend() != "cpu")
-    with _client(distributed, execution) as client, ExitStack() as at_end:
-        at_end.callback(lambda: stop.unlink(missing_ok=True))
+class Workers:
+    """The workers of a run, started once for all of its stages."""
+
+    def __init__(self, client: Any, execution: Execution) -> None:
+        self._client = client
+        # processes on this machine that share it
+        own = execution.executor == "dask" and execution.scheduler is None
+        self._local = (execution.workers or 1) if own else 0
+
+    def work_through(
+        self,
+        session: Session,
+        cases: Sequence[Case],
+        stage: str,
+        stopped: Stopped,
+        progress: Callable[[int], Any],
+    ) -> Iterator[dict[str, Any]]:
+        """As `local.work_through`, a task for each case. A case whose worker is lost is given to another, which goes on from the
+        journal."""
+        from distributed import as_completed
+
+        folder = session.folder
+        with folder.exclusively("model"):
+            stored = folder.root / _MODEL
+            if not stored.is_dir() or model_hash(load_model(stored)) != model_hash(session.model):
+                save_model(stored, session.model, overwrite=True)
+        # the folder is shared, so a file can tell every worker to stop
+        stop = folder.root / "logs" / f"stop-{os.getpid()}-{time.time_ns()}"
+        request = replace(session.request, input=session.request.input.absolute(), output=folder.root, overwrite=False)
+        place = _Place(request, session.settings, stop, self._local, jax.default_backend() != "cpu")
         by_key: dict[str, Case] = {}
         attempts: dict[str, int] = {}
-        queue = distributed.as_completed()
+        queue = as_completed()
 
         def submit(case: Case) -> None:
             attempts[case.name] = attempts.get(case.name, 0) + 1
             key = f"xaiseg-{stage}-{case.name}-{stop.name}-{attempts[case.name]}"
             by_key[key] = case
-            queue.add(client.submit(_work, place, _absolute(case), stage, key=key, retries=_RETRIES, pure=False))
+            queue.add(self._client.submit(_work, place, _absolute(case), stage, key=key, retries=_RETRIES, pure=False))
 
-        for case in cases:
-            submit(case)
-        told = False
-        while by_key:
-            if stopped() and not told:
-                told = True
-                stop.touch()
-            for future in queue.next_batch(block=False) if queue.has_ready() else ():
-                case, error = by_key.pop(future.key), None
-                try:
-                    for entry in future.result():
-                        progress(_units(entry))
-                        yield entry
-                except Exception as failure:
-                    error = failure
-                if error is not None and not stopped():
-                    yield from _lost(session, case, stage, error, attempts[case.name], submit)
-            time.sleep(_POLL)
+        try:
+            for case in cases:
+                submit(case)
+            while by_key:
+                if stopped() and not stop.exists():
+                    stop.touch()
+                for future in queue.next_batch(block=False) if queue.has_ready() else ():
+                    case, error = by_key.pop(future.key), None
+                    try:
+                        for entry in future.result():
+                            progress(entry.get("passes") or 0)
+                            yield entry
+                    except Exception as failure:
+                        error = failure
+                    if error is not None and not stopped():
+                        yield from _lost(session, case, stage, error, attempts[case.name], submit)
+                time.sleep(_POLL)
+        finally:
+            stop.unlink(missing_ok=True)
 
 
 def _lost(
@@ -142,7 +151,9 @@ def _settle(place: _Place) -> None:
 
 
 @contextmanager
-def _client(distributed: Any, execution: Execution) -> Iterator[Any]:
+def started(execution: Execution) -> Iterator[Workers]:
+    """Workers as `execution` asks for them, ended with the context. Raises InputError where there are none to be had."""
+    distributed = _package("distributed", "dask")
     with ExitStack() as stack:
         if execution.scheduler is not None:
             try:
@@ -167,13 +178,18 @@ def _client(distributed: Any, execution: Execution) -> Iterator[Any]:
             client = distributed.Client(cluster)
         stack.enter_context(client)
         tqdm.write(f"dask: {client.scheduler.address}, dashboard {client.dashboard_link}")
-        yield client
+        yield Workers(client, execution)
 
 
 def _slurm(execution: Execution) -> Any:
     jobqueue = _package("dask_jobqueue", "dask")
-    options = {name.replace("-", "_"): _number(value) for name, value in execution.job_options}
-    options = {"cores": 1, "processes": 1, **options}
+    options: dict[str, Any] = {"cores": 1, "processes": 1}
+    for name, value in execution.job_options:
+        name = name.replace("-", "_")
+        if name in _LISTS:
+            options[name] = [*options.get(name, []), value]
+        else:
+            options[name] = int(value) if value.isdigit() else value
     try:
         cluster = jobqueue.SLURMCluster(**options)
     except (TypeError, ValueError) as error:
@@ -184,10 +200,6 @@ def _slurm(execution: Execution) -> Any:
     return cluster
 
 
-def _number(text: str) -> int | str:
-    return int(text) if text.isdigit() else text
-
-
 def _absolute(case: Case) -> Case:
     return replace(
         case,
@@ -195,10 +207,6 @@ def _absolute(case: Case) -> Case:
         reference=case.reference and case.reference.absolute(),
         instances=case.instances and case.instances.absolute(),
     )
-
-
-def _units(entry: dict[str, Any]) -> int:
-    return entry.get("passes") or 0
 
 
 def _package(name: str, extra: str) -> Any:

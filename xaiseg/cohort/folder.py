@@ -18,7 +18,16 @@ from xaiseg.imaging import Case
 SETTINGS = Path("logs/settings.json")
 PLAN = Path("logs/plan.json")
 _LOCKS = Path("logs/locks")
-_IGNORED = ("*_saliency.*", "*.png", "logs/", "lesions.*", "cases.*", "**/*_desc-lesions.tsv")
+_IGNORED = (
+    "*_saliency.*",
+    "*.png",
+    "logs/",
+    "README.md",
+    "space-orig_*.json",
+    "lesions.*",
+    "cases.*",
+    "**/*_desc-lesions.tsv",
+)
 # Whatever a run may leave: at the top, and in the folders of its cases.
 _AT_THE_TOP = (
     "dataset_description.json",
@@ -33,6 +42,23 @@ _OF_A_CASE = (
     *("*_label-L_probseg.nii.gz", "*_label-L_mask.nii.gz", "*_desc-instances_dseg.nii.gz"),
     *("*_saliency.nii.gz", "*_saliency.png", "*_desc-lesions.tsv", "*_convergence.png", ".*.tmp"),
 )
+_SIDECARS = {
+    "label-L_probseg": {"Description": "Probability of the lesion class, blended over the windows"},
+    "label-L_mask": {"Description": "Lesions: probability above the threshold", "Type": "Lesion"},
+    "desc-instances_dseg": {"Description": "Lesions by number, as in the column lesion of lesions.tsv"},
+}
+_README = """\
+# Lesions and their explanations, by xaiseg
+
+- `lesions.tsv`: a row per lesion with the figures of its saliency maps; `lesions.json` explains the columns
+- `cases.tsv`: a row per scan, and what went wrong where something did
+- `sub-*/[ses-*/]anat`: probability, mask and numbered lesions on the grid of the scan (`space-orig`), and of each lesion its
+  saliency map (x, y, z, channel), whose affine places it on the scan, with a picture
+- `desc-*_saliency.json`: how the maps were made
+- `logs`: settings, times, failures, and `cases/*.jsonl`, by which the same command goes on where it was; `xaiseg status` reads them
+
+Not for clinical use.
+"""
 
 
 class RunFolder(Files):
@@ -101,6 +127,12 @@ class RunFolder(Files):
             fcntl.flock(self._lock, fcntl.LOCK_SH)
         if self.fresh:
             self.describe(source, _IGNORED)
+            self.text(self.root / "README.md", _README)
+            for (
+                name,
+                meaning,
+            ) in _SIDECARS.items():  # of all files whose names end so, by BIDS's principle of inheritance
+                self.json(self.root / f"space-orig_{name}.json", {**meaning, "SpatialReference": "orig"})
             self.fresh = self._settle({"identity": _plain(identity), "input": source})
         self.compare(identity)
 
@@ -223,7 +255,15 @@ def _ours(root: Path) -> Iterator[Path]:
 def _anything(root: Path) -> bool:
     """Whether a folder holds more than what a start that was cut off leaves."""
     locks = root / _LOCKS
-    started = {root / "logs", locks, locks / "run", root / "dataset_description.json", root / ".bidsignore"}
+    started = {
+        root / "logs",
+        locks,
+        locks / "run",
+        root / "dataset_description.json",
+        root / ".bidsignore",
+        root / "README.md",
+    }
+    started |= {root / f"space-orig_{name}.json" for name in _SIDECARS}
     return any(path not in started and not path.name.endswith(".tmp") for path in root.rglob("*"))
 
 

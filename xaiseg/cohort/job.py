@@ -5,6 +5,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -126,8 +127,14 @@ class _Job:
         self.cases, self.rejected = cohort.cases, cohort.rejected
         self.names = list(dict.fromkeys([case.name for case in cohort.cases] + [r.name for r in cohort.rejected]))
         self.explaining = self.crashed = False
+        self._workers: Any = None
+        self._held = ExitStack()
 
     def work(self, resumed: bool) -> Iterator[Result]:
+        with self._held:
+            yield from self._work(resumed)
+
+    def _work(self, resumed: bool) -> Iterator[Result]:
         session, folder = self.session, self.session.folder
         folder.plan(self.names)
         for name, message in self.rejected:
@@ -170,9 +177,11 @@ class _Job:
     def _execute(self, cases: Sequence[Case], stage: str, progress: Callable[[int], None]) -> Iterator[dict[str, Any]]:
         if self.execution.executor == "local":
             return work_through(self.session, cases, stage, self.stopping, progress)
-        from xaiseg.cohort.distributed import work_through_workers
+        if self._workers is None:
+            from xaiseg.cohort.distributed import started
 
-        return work_through_workers(self.session, self.execution, cases, stage, self.stopping, progress)
+            self._workers = self._held.enter_context(started(self.execution))
+        return self._workers.work_through(self.session, cases, stage, self.stopping, progress)
 
     def _told(self, entries: Iterator[dict[str, Any]] | list[dict[str, Any]]) -> Iterator[Result]:
         """Results of journal lines, which are logged, and failures told at once."""
