@@ -1,6 +1,6 @@
 """Cases worked through by Dask workers: the same units and the same journals, on whatever machines share the output folder."""
 
-import importlib
+import importlib.util
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -177,7 +177,9 @@ def started(execution: Execution) -> Iterator[Workers]:
             )
             client = distributed.Client(cluster)
         stack.enter_context(client)
-        tqdm.write(f"dask: {client.scheduler.address}, dashboard {client.dashboard_link}")
+        drawn = importlib.util.find_spec("bokeh") is not None
+        dashboard = client.dashboard_link if drawn else "needs bokeh (pip install 'xaiseg[dask]')"
+        tqdm.write(f"dask: {client.scheduler.address}, dashboard {dashboard}")
         yield Workers(client, execution)
 
 

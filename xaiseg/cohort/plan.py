@@ -22,6 +22,8 @@ from xaiseg.models import Model
 # A float map of random digits compresses little; rounded to a float16's bits, to about half.
 _PACKED = {"float32": 0.9, "float16": 0.45}
 _PICTURE = 150_000  # bytes
+_DRAWING = 0.6  # seconds of a core for a picture
+_MANY = 100  # pictures whose time is worth a word
 
 
 @dataclass
@@ -122,7 +124,7 @@ def say_plan(session: Session, load: Load, cases: Mapping[str, Case], say: Print
     count = devices or mesh
     kind = jax.devices()[0].device_kind
     say(f"  estimated time {duration(seconds)} on {f'{count} × {kind}' if count > 1 else kind}")
-    say(f"  files: at most {_size(_bytes(session, load))} ({_stored(session)})")
+    say(f"  files: at most {_size(_bytes(session, load))} ({_stored(session, load.units)})")
     if settings.precision != "float32":
         off = precision_error(session.model, settings.precision, predictor, scan.image, instance)
         say(f"  {settings.precision}: one row differs from float32 by up to {off:.2g} of its largest value")
@@ -135,10 +137,13 @@ def _bytes(session: Session, load: Load) -> float:
     return maps + (load.units * _PICTURE if request.pictures else 0)
 
 
-def _stored(session: Session) -> str:
+def _stored(session: Session, units: int) -> str:
     request = session.request
     maps = "no maps" if request.save_maps == "none" else f"maps: {request.save_maps}, {request.map_dtype}"
-    return maps + (", with pictures" if request.pictures else ", no pictures")
+    if not request.pictures:
+        return f"{maps}, no pictures"
+    drawn = f" that take {duration(units * _DRAWING)} of a core; --no-pictures" if units > _MANY else ""
+    return f"{maps}, with pictures{drawn}"
 
 
 def nothing_to_explain(session: Session, records: Iterator[CaseRecord]) -> str:
