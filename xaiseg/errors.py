@@ -1,4 +1,4 @@
-"""The one error that users are meant to see."""
+"""What users are meant to see instead of a traceback."""
 
 
 class InputError(ValueError):
@@ -7,3 +7,7 @@ class InputError(ValueError):
     The message is one line that names the file or option, what was found, what was expected and what to do about it.
     The command line prints it without a traceback and exits with status 1.
     """
+
+
+class Stopped(Exception):
+    """A run was told to stop, by a signal; what it had finished is recorded, and the same command goes on from there."""

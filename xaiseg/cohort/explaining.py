@@ -19,7 +19,7 @@ from xaiseg.saliency import input_gradient
 from xaiseg.saliency.linearise import total_memory
 
 # Passes after which a group of lesions ends: minutes on a CPU, seconds on an accelerator.
-_PASSES = 4096
+_PASSES = 1024
 # Bytes of the maps of a group while they are computed, where nothing else is said.
 _MAPS_MEMORY = 2**30
 

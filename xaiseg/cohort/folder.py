@@ -21,13 +21,8 @@ _LOCKS = Path("logs/locks")
 _IGNORED = ("*_saliency.*", "*.png", "logs/", "lesions.*", "cases.*", "**/*_desc-lesions.tsv")
 # Whatever a run may leave: at the top, and in the folders of its cases.
 _AT_THE_TOP = (
-    "dataset_description.json",
-    ".bidsignore",
-    "lesions.*",
-    "cases.*",
-    "desc-*_saliency.json",
-    "desc-*.png",
-    ".*.tmp",
+    *("dataset_description.json", ".bidsignore", "README.md", "space-orig_*.json", "lesions.*", "cases.*"),
+    *("desc-*_saliency.json", "desc-*.png", ".*.tmp"),
 )
 _OF_A_CASE = (
     *("*_label-L_probseg.nii.gz", "*_label-L_mask.nii.gz", "*_desc-instances_dseg.nii.gz"),

@@ -23,10 +23,10 @@ from xaiseg.cohort.plan import load_of, nothing_to_explain, say_plan, window_cou
 from xaiseg.cohort.running import Heartbeat
 from xaiseg.cohort.session import Session
 from xaiseg.cohort.stages import MASK, PROBABILITY, WORKER, fail
-from xaiseg.cohort.stopping import Stopped, Stopping
+from xaiseg.cohort.stopping import Stopping
 from xaiseg.cohort.tables import Counts, case_line, case_row, finish_case, write_tables
 from xaiseg.cohort.work import Execution, Print, Request
-from xaiseg.errors import InputError
+from xaiseg.errors import InputError, Stopped
 from xaiseg.imaging import Case, Cohort, Rejected, problems, read_cohort, select_cases, select_participants
 from xaiseg.models import Model
 

@@ -9,10 +9,6 @@ from typing import Any
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-class Stopped(Exception):
-    """A run was told to stop; what it had finished is recorded, and the same command goes on from there."""
-
-
 class Stopping:
     """While the context lasts, the first signal asks to stop; a second interrupts at once. Only the main thread is told of signals.
 

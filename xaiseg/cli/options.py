@@ -1,0 +1,74 @@
+"""Options of commands: what their texts may be, and those that several commands have."""
+
+import argparse
+import re
+from typing import Any
+
+
+def command(commands: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def overwrite(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier run's files")
+
+
+def checked(convert: Any, holds: Any, expected: str) -> Any:
+    def parse(text: str) -> Any:
+        try:
+            value = convert(text)
+        except ValueError:
+            value = None
+        if value is None or not holds(value):
+            raise argparse.ArgumentTypeError(f"{text!r}, expected {expected}")
+        return value
+
+    return parse
+
+
+positive = checked(int, lambda n: n > 0, "a positive integer")
+seed = checked(int, lambda n: 0 <= n < 2**31, "an integer from 0 to below 2³¹")
+whole = checked(int, lambda n: n >= 0, "an integer not below 0")
+not_negative = checked(float, lambda x: 0 <= x < float("inf"), "a number not below 0")
+fraction = checked(float, lambda x: 0 <= x < 1, "a number from 0 to below 1")
+probability = checked(float, lambda x: 0 < x < 1, "a number between 0 and 1")
+portion = checked(float, lambda x: 0 < x <= 1, "a number above 0, up to 1")
+names = checked(lambda t: tuple(p.strip() for p in t.split(",")), all, "names separated by commas")
+numbers = checked(
+    lambda t: tuple(int(p) for p in t.split(",")), lambda v: all(n > 0 for n in v), "labels separated by commas"
+)
+strides = checked(
+    lambda t: [_stride(p) for p in t.split(",")],
+    lambda v: all(min(s) > 0 if isinstance(s, tuple) else s > 0 for s in v),
+    "positive integers, one per level, or one per axis as in 1x2x2",
+)
+window = checked(
+    lambda t: [int(p) for p in t.split(",")], lambda v: len(v) == 3 and min(v) > 0, "three positive integers X,Y,Z"
+)
+
+
+def shard(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise argparse.ArgumentTypeError(f"{text!r}, expected I/N with I from 1 to N, such as 2/8")
+    return int(match[1]), int(match[2])
+
+
+def option(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not (name and equals):
+        raise argparse.ArgumentTypeError(f"{text!r}, expected NAME=VALUE")
+    return name, value
+
+
+def _stride(text: str) -> int | tuple[int, ...]:
+    return tuple(map(int, text.split("x"))) if "x" in text else int(text)
+
+
+def size(text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
+    if not match or float(match[1]) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected a size such as 500M or 4G")
+    return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
