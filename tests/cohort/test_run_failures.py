@@ -169,7 +169,9 @@ def test_out_of_memory_halves_the_chunk(fits: int, explain: Explain, monkeypatch
         assert table(out / "lesions.tsv") == table(explain("whole", "--chunk", "2") / "lesions.tsv")
     else:
         assert {row["status"] for row in table(out / "cases.tsv")} == {"failed"}
-        assert table(out / "logs" / "failures.tsv")[0]["message"].startswith("out of memory, with one row at a time")
+        assert table(out / "logs" / "failures.tsv")[0]["message"].startswith(
+            "out of memory, however few rows at a time"
+        )
 
 
 def test_a_map_that_is_no_number_is_a_failure(explain: Explain, monkeypatch: pytest.MonkeyPatch) -> None:

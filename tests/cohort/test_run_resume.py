@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import shutil
 import threading
 from collections import Counter
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from tiny import Explain, progress_free, snapshot, table
 
 from xaiseg.cohort import stages
+from xaiseg.cohort.folder import RunFolder
 from xaiseg.cohort.journal import CaseRecord, Journal
 
 
@@ -122,10 +124,7 @@ def test_other_settings_are_refused_and_named(explain: Explain, capsys: pytest.C
 def test_a_changed_input_is_done_again_and_a_touched_one_is_not(
     explain: Explain, cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = tmp_path / "in"
-    folder.mkdir()
-    for file in cohort.parent.iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
+    folder = Path(shutil.copytree(cohort.parent, tmp_path / "in"))
     source = folder / cohort.name
     out = explain("out", source=source)
     before = results(out)
@@ -216,6 +215,131 @@ def test_a_repeated_run_computes_nothing(explain: Explain, cohort: Path, monkeyp
     after = snapshot(out)
     assert before.keys() == after.keys()
     assert [n for n in before if before[n] != after[n]] == ["logs/run.json"]
+
+
+def test_a_line_that_was_changed_is_no_line(explain: Explain, capsys: pytest.CaptureFixture[str]) -> None:
+    out = explain("out")
+    before = results(out)
+    (journal,) = (out / "logs" / "cases").iterdir()
+    text = journal.read_text()
+    peak = table(out / "lesions.tsv")[0]["smoothgrad_FLAIR_peak"][:6]
+    assert peak in text
+    journal.write_text(text.replace(peak, f"9{peak[1:]}"))
+    capsys.readouterr()
+    explain("out")
+    assert "plan: 1 case, 2 lesions" in capsys.readouterr().out
+    assert results(out) == before
+
+
+def test_the_table_of_a_case_is_made_again(explain: Explain, cohort: Path) -> None:
+    out = explain("out", source=cohort)
+    before = results(out)
+    next((out / "sub-01").rglob("*desc-lesions.tsv")).unlink()
+    next((out / "sub-02").rglob("*desc-lesions.tsv")).write_text("garbage")
+    (out / ".lesions.tsv.99.tmp").write_text("half")
+    explain("out", source=cohort)
+    assert results(out) == before
+
+
+def test_an_input_that_was_away_for_a_while(
+    explain: Explain, cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(cohort.parent, tmp_path / "in"))
+    source = folder / cohort.name
+    out = explain("out", source=source)
+    before = results(out)
+    flair = folder / "sub-02_FLAIR.nii.gz"
+    flair.rename(folder / "away")
+    explain("out", source=source, status=1)
+    assert [row["status"] for row in table(out / "cases.tsv")] == ["done", "failed", "done"]
+    (folder / "away").rename(flair)
+    explain("out", source=source)
+    assert results(out) == before
+    # gone between segmentation and explanation: the others go on
+    for name in ("sub-01", "sub-02"):
+        cut(out / "logs" / "cases" / f"{name}.jsonl", 1)
+    flair.rename(folder / "away")
+    capsys.readouterr()
+    explain("out", source=source, status=1)
+    assert "plan: 1 case, 2 lesions" in capsys.readouterr().out
+    assert [row["status"] for row in table(out / "cases.tsv")] == ["done", "failed", "done"]
+
+
+def test_nothing_of_an_input_that_changed_is_left(explain: Explain, cohort: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(cohort.parent, tmp_path / "in"))
+    source = folder / cohort.name
+    out = explain("out", source=source)
+    flair = folder / "sub-02_FLAIR.nii.gz"
+    image = nib.load(flair)
+    data = np.asarray(image.dataobj).copy()
+    data[12:] = np.minimum(data[12:], 120)  # without the second lesion
+    nib.save(nib.Nifti1Image(data, image.affine, image.header), flair)
+    explain("out", source=source)
+    assert results(out) == results(explain("whole", source=source))
+    data[5, 5, 5] = np.nan
+    nib.save(nib.Nifti1Image(data, image.affine, image.header), flair)
+    explain("out", source=source, status=1)
+    assert not [name for name in results(out) if "sub-02_" in name]
+
+
+@pytest.mark.parametrize("where", ["describe", "_settle", "_set_aside"])
+def test_an_overwriting_that_is_killed_loses_nothing(
+    where: str, explain: Explain, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = explain("out")
+    before = results(out)
+    set_aside = RunFolder._set_aside
+
+    class Killed(BaseException):
+        pass
+
+    def killed(self: RunFolder, *_: object) -> None:
+        if where == "_set_aside":
+            set_aside(self)
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, where, killed)
+        patch.setattr(RunFolder, "discard", RunFolder.release)  # all that the end of a process does
+        with pytest.raises(Killed):
+            explain("out", "--overwrite")
+    assert list(out.glob(".earlier-*"))
+    capsys.readouterr()
+    explain("out")
+    assert "nothing left to do" in capsys.readouterr().out
+    assert results(out) == before
+    assert not list(out.glob(".earlier-*"))
+
+
+def test_a_part_that_comes_to_nothing_is_recorded(
+    explain: Explain, cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(cohort.parent, tmp_path / "in"))
+    source = folder / cohort.name
+    flair = folder / "sub-01_FLAIR.nii.gz"
+    image = nib.load(flair)
+    noise = np.random.default_rng(0).normal(100, 6, image.shape).astype(np.float32) * (image.get_fdata() != 0)
+    nib.save(nib.Nifti1Image(noise, image.affine, image.header), flair)
+    (folder / "sub-02_T1w.nii.gz").write_bytes(b"")
+    explain("out", "--shard", "1/3", source=source, level="participant")
+    explain("out", "--participant-label", "02", source=source, level="participant", status=1)
+    out = explain("out", "--shard", "3/3", source=source, level="participant")
+    capsys.readouterr()
+    explain("out", source=source, level="group", status=1)
+    assert "3 cases, 2 of 2 units done, 1 failures" in capsys.readouterr().out
+    assert [row["status"] for row in table(out / "cases.tsv")] == ["empty", "failed", "done"]
+
+
+def test_a_name_too_long_for_files_fails_alone(explain: Explain, cohort: Path) -> None:
+    lines = cohort.read_text().splitlines()
+    for number, length in enumerate((151, 300)):
+        lines.append(lines[1].replace("sub-01\t", f"sub-{number}{'x' * length}\t"))
+    source = cohort.with_name("long.tsv")
+    source.write_text("\n".join(lines) + "\n")
+    out = explain("out", source=source, status=1)
+    rows = table(out / "cases.tsv")
+    assert sorted(row["status"] for row in rows) == ["done", "done", "done", "failed", "failed"]
+    assert all("expected at most 150: rename the case" in row["message"] for row in rows if row["status"] == "failed")
 
 
 def test_a_journal_that_the_disk_has_spoilt_costs_its_lines_alone(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import xaiseg
 from xaiseg.cli import main
 from xaiseg.cohort import Request, Settings, run
 from xaiseg.cohort.job import Result
+from xaiseg.cohort.journal import decode, encode
 from xaiseg.cohort.stages import rounded
 from xaiseg.cohort.status import status
 from xaiseg.errors import InputError
@@ -80,8 +81,10 @@ def test_how_far_a_run_is(explain: Explain, cohort: Path, capsys: pytest.Capture
     (running / "a.json").write_text(json.dumps(state))
     (running / "b.json").write_text(json.dumps(state | {"pid": 2**22 + 1}))  # beyond what Linux gives
     (running / "c.json").write_text(json.dumps(state | {"host": "elsewhere", "at": time.time() - 1000}))
+    (running / "d.json").write_text(json.dumps({"host": socket.gethostname()}))
     found = status(out)
     assert found["cases"] == {"total": 2, "done": 1, "left": 1}
+    assert found["segmented"] == 2
     assert (found["units"]["done"], found["units"]["total"]) == (2, 4)
     assert [process["pid"] for process in found["running"]] == [os.getpid()]
     capsys.readouterr()
@@ -103,10 +106,10 @@ def test_the_time_left_comes_from_what_was_done(explain: Explain, cohort: Path) 
     passes = {}
     for case, at in stamps.items():
         journal = out / "logs" / "cases" / f"{case}.jsonl"
-        entries = [json.loads(line) for line in journal.read_text().splitlines()]
+        entries = [decode(line) for line in journal.read_bytes().splitlines(keepends=True)]
         kept = entries[:1] if at is None else [entries[0], *(e | {"at": at} for e in entries[1:])]
         passes[case] = next(e["passes"] for e in entries if e["entry"] == "explained")
-        journal.write_text("".join(json.dumps(e) + "\n" for e in kept))
+        journal.write_bytes(b"".join(map(encode, kept)))
     (out / "logs" / "running").mkdir()
     state = {"host": socket.gethostname(), "pid": os.getpid(), "at": time.time(), "stopping": False}
     (out / "logs" / "running" / "a.json").write_text(json.dumps(state))

@@ -15,7 +15,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status: 0 all done, 1 something failed, 2 wrong usage, 130 interrupted."""
     arguments = _parser().parse_args(argv)
     if threading.current_thread() is threading.main_thread():
-        # A scheduler's time limit is an interruption too: what is half done is taken back.
+        # A scheduler's time limit is an interruption too; a run of a cohort does more about both, see `cohort.stopping`.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         return arguments.run(arguments)

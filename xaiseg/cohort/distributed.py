@@ -20,13 +20,13 @@ from xaiseg.cohort.journal import CaseRecord
 from xaiseg.cohort.local import work_through
 from xaiseg.cohort.methods import Settings
 from xaiseg.cohort.session import Session
-from xaiseg.cohort.stages import Stopped, fail
+from xaiseg.cohort.stages import Stopped, fail, must_stop
 from xaiseg.cohort.work import Execution, Request
 from xaiseg.errors import InputError
 from xaiseg.imaging import Case
 
 _MODEL = Path("logs/model")
-_RETRIES = 3
+_LOSSES = 3  # of workers over one case, after which the case is given up
 # Options of a job that are lists: each may be given several times.
 _LISTS = ("job_extra_directives", "job_script_prologue", "worker_extra_args", "job_directives_skip")
 _POLL = 0.1  # seconds
@@ -41,7 +41,6 @@ class _Place:
 
     request: Request
     settings: Settings | None
-    stop: Path
     local: int
     accelerated: bool
 
@@ -75,7 +74,7 @@ class Workers:
         # the folder is shared, so a file can tell every worker to stop
         stop = folder.root / "logs" / f"stop-{os.getpid()}-{time.time_ns()}"
         request = replace(session.request, input=session.request.input.absolute(), output=folder.root, overwrite=False)
-        place = _Place(request, session.settings, stop, self._local, jax.default_backend() != "cpu")
+        place = _Place(request, session.settings, self._local, jax.default_backend() != "cpu")
         by_key: dict[str, Case] = {}
         attempts: dict[str, int] = {}
         queue = as_completed()
@@ -84,14 +83,16 @@ class Workers:
             attempts[case.name] = attempts.get(case.name, 0) + 1
             key = f"xaiseg-{stage}-{case.name}-{stop.name}-{attempts[case.name]}"
             by_key[key] = case
-            queue.add(self._client.submit(_work, place, _absolute(case), stage, key=key, retries=_RETRIES, pure=False))
+            queue.add(self._client.submit(_work, place, _absolute(case), stage, stop, key=key, pure=False))
 
         try:
             for case in cases:
                 submit(case)
             while by_key:
-                if stopped() and not stop.exists():
+                if stopped():
                     stop.touch()
+                    if not self._client.nthreads():
+                        return  # the signal has reached the workers, too
                 for future in queue.next_batch(block=False) if queue.has_ready() else ():
                     case, error = by_key.pop(future.key), None
                     try:
@@ -110,21 +111,22 @@ class Workers:
 def _lost(
     session: Session, case: Case, stage: str, error: Exception, attempts: int, submit: Callable[[Case], None]
 ) -> Iterator[dict[str, Any]]:
-    """A task that Dask has given up: once more, unless that is hopeless."""
-    if type(error).__name__ in ("KilledWorker", "FutureCancelledError", "CancelledError") and attempts < _RETRIES:
+    """A task that Dask has given up: once more, unless that is hopeless. Raises OutputError as `local.work_through`."""
+    if must_stop(error):
+        raise error
+    if type(error).__name__ in ("KilledWorker", "FutureCancelledError", "CancelledError") and attempts < _LOSSES:
         tqdm.write(f"{case.name}: its worker was lost ({type(error).__name__}); given to another")
         submit(case)
         return
     done = len(CaseRecord.read(session.folder.root, case.name).explained)
     reason = RuntimeError(f"{attempts} workers were lost over this case, {done} of its units are done: {error}")
-    yield fail(session, case, stage, None, reason if attempts >= _RETRIES else error)
+    yield fail(session, case, stage, None, reason if attempts >= _LOSSES else error)
 
 
-def _work(place: _Place, case: Case, stage: str) -> list[dict[str, Any]]:
+def _work(place: _Place, case: Case, stage: str, stop: Path) -> list[dict[str, Any]]:
     """In a worker: one case, whose results are in the journal when this returns."""
-    _settle(place)
-    session = _session(place)
-    return list(work_through(session, [case], stage, place.stop.exists))
+    _settle(place.local, place.accelerated)
+    return list(work_through(_session(place), [case], stage, stop.exists))
 
 
 @lru_cache(maxsize=1)
@@ -135,25 +137,29 @@ def _session(place: _Place) -> Session:
 
 
 @lru_cache(maxsize=1)
-def _settle(place: _Place) -> None:
+def _settle(local: int, accelerated: bool) -> None:
     """Before JAX begins: a worker that shares this machine with others takes its part of the cores, or a device of its own."""
-    if not place.local:
-        return
     from distributed import get_worker
 
+    if not local:
+        return
     number = int(get_worker().name)
-    if place.accelerated:
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(number)
+    if accelerated:
+        allowed = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+        os.environ["CUDA_VISIBLE_DEVICES"] = allowed[number % len(allowed)] if allowed else str(number)
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the process that plans is on it too
     elif hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))
-        os.sched_setaffinity(0, set(cores[number % len(cores) :: place.local]))
+        os.sched_setaffinity(0, set(cores[number % len(cores) :: local]))
 
 
 @contextmanager
 def started(execution: Execution) -> Iterator[Workers]:
     """Workers as `execution` asks for them, ended with the context. Raises InputError where there are none to be had."""
+    os.environ.setdefault("DASK_LOGGING__DISTRIBUTED", "error")  # what workers say is said here, too
     distributed = _package("distributed", "dask")
+    from xaiseg.cohort.worker import Apart
+
     with ExitStack() as stack:
         if execution.scheduler is not None:
             try:
@@ -177,6 +183,7 @@ def started(execution: Execution) -> Iterator[Workers]:
             )
             client = distributed.Client(cluster)
         stack.enter_context(client)
+        client.register_plugin(Apart())
         drawn = importlib.util.find_spec("bokeh") is not None
         dashboard = client.dashboard_link if drawn else "needs bokeh (pip install 'xaiseg[dask]')"
         tqdm.write(f"dask: {client.scheduler.address}, dashboard {dashboard}")

@@ -67,6 +67,8 @@ class RunFolder(Files):
             occupied = self._existed and any(self.root.iterdir())
         except OSError as error:
             raise InputError(f"{self.shown}: cannot be read ({error.strerror}); choose another folder") from error
+        if occupied:
+            self._recover()
         ours = (self.root / SETTINGS).is_file()
         if occupied and not ours and _anything(self.root):
             but = ", so --overwrite does not touch it" if overwrite else ""
@@ -108,6 +110,15 @@ class RunFolder(Files):
             raise InputError(f"{self.shown}: another run {doing}; stop it, or choose another folder") from error
         except OSError as error:
             raise OutputError(f"{lock}: cannot be written ({error.strerror})") from error
+        try:
+            self._begin(identity, source)
+        except BaseException:
+            if self._aside.exists():
+                self.discard()
+            raise
+
+    def _begin(self, identity: Mapping[str, Any], source: str) -> None:
+        assert self._lock is not None
         if self._replaces:
             self._set_aside()
             fcntl.flock(self._lock, fcntl.LOCK_SH)
@@ -157,6 +168,12 @@ class RunFolder(Files):
         """The folder of a case's files."""
         return self.path(case, "").parent
 
+    def clear(self, case: Case) -> None:
+        """Remove what there is of a case that this process has claimed: it is begun anew."""
+        for pattern in _OF_A_CASE:
+            for file in self.of_case(case).glob(pattern):
+                file.unlink(missing_ok=True)
+
     def clean(self, case: Case) -> None:
         """Remove what a killed process had half written of a case that this process has claimed."""
         for file in self.of_case(case).glob(".*.tmp"):
@@ -200,11 +217,7 @@ class RunFolder(Files):
             file.unlink(missing_ok=True)
             _prune(file.parent, self.root)
         if replaced:
-            for file in [f for f in self._aside.rglob("*") if f.is_file()]:
-                target = self.root / file.relative_to(self._aside)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                file.rename(target)
-            shutil.rmtree(self._aside, ignore_errors=True)
+            self._put_back(self._aside)
         self.release()
         for folder in reversed(self._created):
             with contextlib.suppress(OSError):
@@ -218,8 +231,33 @@ class RunFolder(Files):
     def _made(self, folder: Path) -> None:
         self._created.append(folder)
 
+    def _recover(self) -> None:
+        """Put back what an `overwrite` had set aside that was killed before its own run began."""
+        left = list(self.root.glob(".earlier-*"))
+        if not left or (self.root / SETTINGS).is_file():
+            return
+        self._make(self.root / _LOCKS)
+        handle = os.open(self.root / _LOCKS / "run", os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for aside in left:
+                self._put_back(aside)
+        except BlockingIOError as error:
+            raise InputError(f"{self.shown}: another run is replacing what is here; wait for it") from error
+        finally:
+            os.close(handle)
+
+    def _put_back(self, aside: Path) -> None:
+        files = sorted((f for f in aside.rglob("*") if f.is_file()), key=lambda f: f == aside / SETTINGS)
+        for file in files:  # the settings last: while they are missing, this is begun again
+            target = self.root / file.relative_to(aside)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(file, target)
+        shutil.rmtree(aside, ignore_errors=True)
+
     def _set_aside(self) -> None:
-        for file in self.files():
+        """The settings first: without them the folder is known to be between two runs."""
+        for file in sorted(self.files(), key=lambda file: file != self.root / SETTINGS):
             target = self._aside / file.relative_to(self.root)
             target.parent.mkdir(parents=True, exist_ok=True)
             file.rename(target)
@@ -227,7 +265,7 @@ class RunFolder(Files):
 
 
 def _ours(root: Path) -> Iterator[Path]:
-    """Files of a run, the journals last: by them the folders of cases are known."""
+    """Files of a run, those of its cases first: their folders are known by the journals, which come last."""
     for case in journalled(root):
         folder = Files(root).path(Case(case, {}), "").parent
         for pattern in _OF_A_CASE:

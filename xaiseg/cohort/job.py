@@ -3,11 +3,14 @@
 import sys
 import tempfile
 import time
+import zlib
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 from tqdm import tqdm
 
@@ -30,8 +33,12 @@ from xaiseg.errors import InputError, Stopped
 from xaiseg.imaging import Case, Cohort, Rejected, problems, read_cohort, select_cases, select_participants
 from xaiseg.models import Model
 
+# Characters of a case's name, so that the names of its files are no longer than file systems allow.
+_LONGEST = 150
 # Cases that the terminal is told of one by one at the end.
 _FEW = 20
+# Cases from which on a bar is shown while they are checked.
+_MANY = 50
 
 
 class Result(NamedTuple):
@@ -81,9 +88,11 @@ def run(
     What is done is recorded in the output folder, lesion by lesion, and not done again when the same run is repeated. A case or
     lesion that fails is recorded with its cause, and the others go on. Ctrl-C and SIGTERM end the run cleanly.
 
-    Raises InputError for input or settings that cannot be used, where every case fails, and where there is nothing to explain at
-    all: a folder in which nothing was explained before is then left as it was found. OutputError for an output that cannot be
-    written, and Stopped after a signal: what was finished stays.
+    First all cases are segmented, then lesions are explained; tables are written when the iteration comes to its end.
+
+    Raises InputError for input or settings that cannot be used and, in a folder of its own and without a choice of cases by label
+    or shard, where every case fails or there is nothing to explain at all: the folder is then left as it was found. OutputError for
+    an output that cannot be written, and Stopped after a signal: what was finished stays.
     """
     started = time.time()
     execution = execution or Execution()
@@ -93,21 +102,25 @@ def run(
     now = identity(session.model, request, settings, session.methods)
     if request.level == "group":
         return _group(session, execution, now, started, say)
-    cohort = _cohort(request, session.model.spec.channels)
+    # one part of many cannot know whether it matters that it comes to nothing
+    alone = folder.fresh and not (request.shard or request.participants or request.sessions or request.level)
+    cohort = _cohort(request, session.model.spec.channels, alone or request.dry_run)
     folder.compare(now)
     if request.dry_run:
         return _dry_run(session, cohort, say)
-    job = _Job(session, cohort, execution, say)
-    with Stopping() as job.stopping, Heartbeat(folder, job.stopping) as job.heartbeat:
+    with Stopping() as stopping, Heartbeat(folder, stopping) as heartbeat:
         folder.begin(now, str(request.input.absolute()))
-        resumed = not folder.fresh
+        heartbeat.begin()
+        job = _Job(session, cohort, execution, say, stopping, heartbeat, alone and folder.fresh)
         try:
-            yield from job.work(resumed)
+            for result in job.work():
+                with stopping.paused():
+                    yield result
         except OutputError:
             raise
         except InputError:
-            if not resumed and not job.explaining:
-                job.heartbeat.end()
+            if folder.fresh and not job.explaining:
+                heartbeat.end()
                 folder.discard()
             raise
         else:
@@ -117,48 +130,59 @@ def run(
 
 
 class _Job:
-    """A run that has begun."""
+    """A run that has begun. alone: it is refused where nothing comes of it."""
 
-    stopping: Stopping
-    heartbeat: Heartbeat
-
-    def __init__(self, session: Session, cohort: Cohort, execution: Execution, say: Print) -> None:
+    def __init__(
+        self,
+        session: Session,
+        cohort: Cohort,
+        execution: Execution,
+        say: Print,
+        stopping: Stopping,
+        heartbeat: Heartbeat,
+        alone: bool,
+    ) -> None:
         self.session, self.execution, self.say = session, execution, say
+        self.stopping, self.heartbeat, self.alone = stopping, heartbeat, alone
         self.cases, self.rejected = cohort.cases, cohort.rejected
         self.names = list(dict.fromkeys([case.name for case in cohort.cases] + [r.name for r in cohort.rejected]))
         self.explaining = self.crashed = False
         self._workers: Any = None
         self._held = ExitStack()
 
-    def work(self, resumed: bool) -> Iterator[Result]:
+    def work(self) -> Iterator[Result]:
         with self._held:
-            yield from self._work(resumed)
+            yield from self._work()
 
-    def _work(self, resumed: bool) -> Iterator[Result]:
+    def _work(self) -> Iterator[Result]:
         session, folder = self.session, self.session.folder
         folder.plan(self.names)
         for name, message in self.rejected:
             yield from self._told([fail(session, name, "input", None, InputError(message))])
-        if resumed:
+        if not folder.fresh:
             self._survey()
         yield from self._stage(
             SEGMENTATION, "window", window_count(session.segmenter, session.model, self._left(SEGMENTATION))
         )
-        if not any(record.segmented for record in self._records()) and not self.stopping():
+        if self.stopping():
+            return
+        if self.alone and not any(record.segmented for record in self._records()):
             first = next(failure for record in self._records() for failure in record.failures.values())
             others = f" (and {len(self.names) - 1} more cases failed)" if len(self.names) > 1 else ""
             raise InputError(first["message"] + others)
-        if session.settings is None or self.stopping():
+        if session.settings is None:
             return
-        if not any(record.lesions() for record in self._records()):
+        if self.alone and not any(record.lesions() for record in self._records()):
             raise InputError(nothing_to_explain(session, self._records()))
-        load = load_of(self._records(), session.methods)
+        load = load_of((CaseRecord.read(folder.root, case.name) for case in self.cases), session.methods)
         if not load.units:
             self.say(f"nothing left to do: {load.done} units were done before")
             self.explaining = True
             return
         by_name = {case.name: case for case in self.cases}
-        total = say_plan(session, load, by_name, self.say, self.execution.workers)
+        # workers on this machine share it, and rows were measured on all of it
+        elsewhere = self.execution.executor == "slurm" or self.execution.scheduler is not None
+        total = say_plan(session, load, by_name, self.say, self.execution.workers if elsewhere else None)
         self.explaining = True
         yield from self._stage(EXPLANATION, "row", total)
 
@@ -167,14 +191,9 @@ class _Job:
         if not left:
             return
         with _bar(total, unit, "segmenting" if stage == SEGMENTATION else "explaining") as bar:
+            yield from self._told(self._execute(left, stage, bar.update))
 
-            def progress(done: int) -> None:
-                bar.update(done)
-                self.heartbeat.beat()
-
-            yield from self._told(self._execute(left, stage, progress))
-
-    def _execute(self, cases: Sequence[Case], stage: str, progress: Callable[[int], None]) -> Iterator[dict[str, Any]]:
+    def _execute(self, cases: Sequence[Case], stage: str, progress: Callable[[int], Any]) -> Iterator[dict[str, Any]]:
         if self.execution.executor == "local":
             return work_through(self.session, cases, stage, self.stopping, progress)
         if self._workers is None:
@@ -210,7 +229,9 @@ class _Job:
     def _survey(self) -> None:
         """Trust of an earlier run only what is whole and came from the same files."""
         root = self.session.folder.root
-        for case in self.cases:
+        for case in tqdm(self.cases, desc="checking", unit="case", file=sys.stderr, disable=len(self.cases) < _MANY):
+            if self.stopping():
+                return
             journal = self.session.folder.journal(case.name)
             with journal.claimed() as ours:
                 if not ours:
@@ -218,6 +239,8 @@ class _Job:
                 if broken := verify(root, case.name):
                     self.say(f"{case.name}: {broken[0]} is missing or damaged{_more(broken)}: done again")
                 record = CaseRecord.read(root, case.name)
+                if any(lesion is None for _, lesion in record.failures):
+                    journal.append({"entry": "cleared"})  # it is tried again
                 if record.segmented and (changed := changed_inputs(case, record.segmented["inputs"])):
                     journal.append({"entry": "restarted"})
                     self.say(f"{case.name}: {', '.join(changed)} changed since: done again")
@@ -242,8 +265,8 @@ class _Job:
         return rows
 
 
-def _cohort(request: Request, channels: Sequence[str]) -> Cohort:
-    """The cases to work on, and what is wrong with the others. Raises InputError where no case is left."""
+def _cohort(request: Request, channels: Sequence[str], needed: bool) -> Cohort:
+    """The cases to work on, and what is wrong with the others. Raises InputError where a case is `needed` and none is left."""
     cohort = read_cohort(request.input, channels, request.index)
     if request.participants or request.sessions:
         cohort = select_participants(cohort, request.participants, request.sessions)
@@ -253,27 +276,40 @@ def _cohort(request: Request, channels: Sequence[str]) -> Cohort:
         rejected = [bad[name] for name in request.cases if name in bad]
         wanted = [name for name in request.cases if name not in bad]
         cohort = cohort._replace(cases=select_cases(cohort.cases, wanted) if wanted else [])
-    cases = []
-    for case in cohort.cases:
-        if message := _unfit(case, channels, request):
-            rejected.append(Rejected(case.name, message))
-        else:
-            cases.append(case)
-    cases, rejected = sorted(cases, key=lambda c: c.name), sorted(rejected)
+    if request.instances != "given":
+        cohort = cohort._replace(cases=[replace(case, instances=None) for case in cohort.cases])
+    found: list[tuple[str, Case | None, str | None]] = [(r.name, None, r.message) for r in rejected]
+    found += [(case.name, case, None) for case in cohort.cases]
+    found.sort(key=lambda entry: entry[0])
     if request.shard is not None:
         part, parts = request.shard
-        cases, rejected = cases[part - 1 :: parts], rejected[part - 1 :: parts]
-        if not cases and not rejected:
+        found = found[part - 1 :: parts]  # before any file is looked at: a case that is repaired stays in its part
+        if not found:
             raise InputError(f"--shard {part}/{parts}: no case in this part; expected at most as many parts as cases")
-    if not cases:
+    cases, rejected = [], []
+    for name, case, message in found:
+        if case is not None:
+            message = _unfit(case, channels, request)
+        if message is not None:
+            rejected.append(Rejected(_shortened(name), message))
+        elif case is not None:
+            cases.append(case)
+    if not cases and needed:
         names = [name for name, _ in rejected[1:]]
         others = f" (and {len(names)} more: {', '.join(names[:3])}{', …' if len(names) > 3 else ''})" if names else ""
         raise InputError(rejected[0].message + others)
     return Cohort(cases, rejected)
 
 
+def _shortened(name: str) -> str:
+    """A rejected case's name, which can be anything, as its journal's file can be called."""
+    return name if len(quote(name)) <= _LONGEST else f"{name[:40]}_{zlib.crc32(name.encode()):08x}"
+
+
 def _unfit(case: Case, channels: Sequence[str], request: Request) -> str | None:
     """Why a case cannot be used, as far as headers tell."""
+    if len(case.name) > _LONGEST:
+        return f"{_shortened(case.name)}: a name of {len(case.name)} characters; expected at most {_LONGEST}: rename the case"
     if request.instances == "reference" and case.reference is None:
         return f"{case.name}: has no reference mask, which --instances reference needs; add it, or select others by --cases"
     if request.instances == "given" and case.instances is None:
@@ -300,6 +336,8 @@ def _dry_run(session: Session, cohort: Cohort, say: Print) -> list[dict[str, Any
                     folder.path(case, name).unlink(missing_ok=True)
                 if entry["entry"] == "failed" and len(cohort.cases) > 1:
                     tqdm.write(f"{case.name}: failed: {entry['message']}", file=sys.stderr)
+        for name, message in cohort.rejected:
+            tqdm.write(f"{name}: failed: {message}", file=sys.stderr)
         if stopping():
             raise Stopped("no plan was made")
         records = [CaseRecord.read(folder.root, case.name) for case in cohort.cases]
@@ -308,8 +346,6 @@ def _dry_run(session: Session, cohort: Cohort, say: Print) -> list[dict[str, Any
         if session.settings is not None:
             if not any(record.lesions() for record in records):
                 raise InputError(nothing_to_explain(session, iter(records)))
-            for name, message in cohort.rejected:
-                say(f"{name}: failed: {message}")
             load = load_of(iter(records), session.methods)
             say_plan(session, load, {case.name: case for case in cohort.cases}, say, None)
         return [case_row(record, session.keys) for record in records]
@@ -323,9 +359,12 @@ def _group(
     if folder.fresh:
         raise InputError(f"{folder.shown}: holds no run; expected one: run the level participant first")
     folder.begin(now, str(session.request.input.absolute()))
-    counts: Counts = write_tables(session, execution, started, say)
-    folder.release()
-    say(f"{sum(counts.cases.values())} cases, {counts.done} of {counts.units} units done, {counts.failures} failures")
+    try:
+        counts: Counts = write_tables(session, execution, started, say)
+    finally:
+        folder.release()
+    total = sum(counts.cases.values())
+    say(f"{total} case{'s' * (total != 1)}, {counts.done} of {counts.units} units done, {counts.failures} failures")
     keys = session.keys if session.settings is not None else None
     return [case_row(CaseRecord.read(folder.root, name), keys) for name in folder.planned()]
 

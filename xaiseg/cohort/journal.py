@@ -7,6 +7,7 @@ kill cut short is no line. A unit counts as done only while its files are what t
 import contextlib
 import fcntl
 import json
+import math
 import os
 import time
 import zlib
@@ -35,7 +36,7 @@ class Journal:
         self.path = root / JOURNALS / f"{quote(case, safe=' ')}{_ENDING}"
 
     @contextlib.contextmanager
-    def claimed(self, wait: bool = False) -> Iterator[bool]:
+    def claimed(self) -> Iterator[bool]:
         """Whether this process has the case to itself, while the context lasts. A killed process claims nothing."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -44,10 +45,14 @@ class Journal:
             raise OutputError(f"{self.path}: cannot be written ({error.strerror}); mend that") from error
         try:
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 yield False
                 return
+            except OSError as error:
+                raise OutputError(
+                    f"{self.path}: cannot be locked ({error.strerror}); expected a file system with locks: choose another folder"
+                ) from error
             yield True
         finally:
             os.close(handle)
@@ -62,9 +67,7 @@ class Journal:
         found = []
         for line in lines:
             with contextlib.suppress(ValueError):  # a disk's damage costs the units it hit
-                entry = json.loads(line)
-                if isinstance(entry, dict):
-                    found.append(entry)
+                found.append(decode(line))
         return found
 
     def append(self, entry: Mapping[str, Any], files: Sequence[Path] = (), anew: bool = False) -> dict[str, Any]:
@@ -73,8 +76,7 @@ class Journal:
         Raises OutputError.
         """
         sums = {str(file.relative_to(self.root)): checksum(file) for file in files}
-        whole = {"case": self.case, **entry, "at": round(time.time(), 3), "files": sums}
-        line = json.dumps(whole, default=_plain, ensure_ascii=False).encode() + b"\n"
+        line = encode({"case": self.case, **entry, "at": round(time.time(), 3), "files": sums})
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a+b") as file:
@@ -95,7 +97,21 @@ class Journal:
                     raise
         except OSError as error:
             raise OutputError(f"{self.path}: cannot be written ({error.strerror})") from error
-        return json.loads(line)
+        return decode(line)
+
+
+def encode(entry: Mapping[str, Any]) -> bytes:
+    """A line: the entry as JSON, null for what is no number, with the CRC-32 of all that comes before it."""
+    body = json.dumps(_plain(entry), ensure_ascii=False, allow_nan=False).encode()
+    return body[:-1] + b', "crc": %d}\n' % zlib.crc32(body[:-1])
+
+
+def decode(line: bytes) -> dict[str, Any]:
+    """The entry of a line. Raises ValueError for one that is not as it was written."""
+    entry, body = json.loads(line), line.rpartition(b', "crc": ')[0]
+    if not isinstance(entry, dict) or entry.pop("crc", None) != zlib.crc32(body):
+        raise ValueError("a line of a journal is not as it was written")
+    return entry
 
 
 def journalled(root: Path) -> list[str]:
@@ -117,7 +133,7 @@ class CaseRecord:
     """What the journal of a case amounts to.
 
     segmented: the last line about its segmentation. explained: by unit, the lesion's part of a line. failures: by unit, what has
-    failed and not succeeded since. finished: the case's own table was made after the last of them.
+    failed and not succeeded since. finished: the line about the case's own table, if that was made after the last of them.
     """
 
     name: str
@@ -125,7 +141,7 @@ class CaseRecord:
     explained: dict[Unit, dict[str, Any]] = field(default_factory=dict)
     failures: dict[Unit, dict[str, Any]] = field(default_factory=dict)
     timings: list[dict[str, Any]] = field(default_factory=list)
-    finished: bool = False
+    finished: dict[str, Any] | None = None
 
     @classmethod
     def read(cls, root: Path, case: str) -> "CaseRecord":
@@ -153,9 +169,12 @@ class CaseRecord:
                 self.explained.pop((method, label), None)
         elif kind == "restarted":
             self.segmented, self.explained, self.failures, self.timings = None, {}, {}, []
+        elif kind == "cleared":
+            self.failures = {unit: failure for unit, failure in self.failures.items() if unit[1] is not None}
         elif kind == "failed":
             self.failures[entry["unit"], entry["lesion"]] = dict(entry)
-        self.finished = kind == "finished"
+        if kind != "cleared":
+            self.finished = dict(entry) if kind == "finished" else None
 
     def lesions(self) -> list[int]:
         """Labels of the instances that are to be explained."""
@@ -181,8 +200,10 @@ def verify(root: Path, case: str) -> list[str]:
         if lost:
             units.append((method, label))
             broken += lost
-    if units:
-        journal.append({"entry": "forgotten", "units": units})
+    finished = record.finished["files"] if record.finished else {}
+    broken += [name for name, expected in finished.items() if not _whole(root / name, expected)]
+    if broken:
+        journal.append({"entry": "forgotten", "units": units})  # and with them that the case is finished
     return broken
 
 
@@ -203,8 +224,13 @@ def _last_byte(file: Any) -> bytes:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, np.ndarray):
-        return value.tolist()
-    return str(value)
+    """As JSON has it."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    if isinstance(value, np.generic | np.ndarray):
+        return _plain(value.tolist())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, int | str) else str(value)

@@ -94,6 +94,7 @@ def _read(session: Session, case: Case, stage: str) -> _Task:
         if needs(task.record, session, stage):
             session.folder.clean(case)
             if stage == SEGMENTATION:
+                session.folder.clear(case)
                 task.inputs = fingerprint(case)
             elif changed := changed_inputs(case, (task.record.segmented or {})["inputs"]):
                 raise InputError(

@@ -5,8 +5,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import jax
+import numpy as np
 
-from xaiseg.cohort.explaining import precision_error, seconds_per_row
+from xaiseg._types import Instance
+from xaiseg.cohort.explaining import out_of_memory, precision_error, seconds_per_row
 from xaiseg.cohort.journal import CaseRecord
 from xaiseg.cohort.methods import Method
 from xaiseg.cohort.segmentation import on_image
@@ -14,7 +16,7 @@ from xaiseg.cohort.session import Session
 from xaiseg.cohort.stages import INSTANCES
 from xaiseg.cohort.work import Print, load_scan
 from xaiseg.errors import InputError
-from xaiseg.imaging import Case, check_header
+from xaiseg.imaging import Case, Scan, check_header
 from xaiseg.inference import StitchedPredictor
 from xaiseg.instances import instances_of
 from xaiseg.models import Model
@@ -83,37 +85,22 @@ def say_plan(session: Session, load: Load, cases: Mapping[str, Case], say: Print
     settings, predictor, request = session.settings, session.explained, session.request
     assert settings is not None
     assert load.smallest is not None
-    case = cases[load.smallest[1]]
-    scan = load_scan(case, session.model.spec, request.resample)
-    labels = scan.labels(session.folder.path(case, INSTANCES))
-    record = CaseRecord.read(session.folder.root, case.name)
-    (instance, *_), _ = on_image(instances_of(labels, record.lesions()), labels, scan)
+    scan, instance = _sample(session, cases[load.smallest[1]])
     mesh = 1 if predictor.mesh is None else predictor.mesh.size
     units, seconds = 0, 0.0
     lines = []
-    for method in session.methods:
+    for number, method in enumerate(session.methods):
         if not (rows := load.rows.get(method.key)):
             continue
         before, passes = load.known.get(method.key, (0.0, 0))
-        try:
-            each = (
-                before / passes
-                if passes
-                else seconds_per_row(method, replace(predictor, mesh=None), scan.image, instance)
-            )
-        except InputError:
-            raise
-        except (
-            ValueError
-        ) as error:  # what an explainer refuses when it is called is the user's to mend, as any other input
-            raise InputError(str(error)) from error
+        each = before / passes if passes else None
+        if each is None and scan is not None:
+            each = _measured(session, number, scan, instance)
         units += rows * method.samples
         spread = mesh if method.spreads and not passes else 1
-        seconds += rows * method.samples * each / spread / (devices or 1)
-        lines.append(
-            f"  {method.title}: {rows:,} rows × {method.samples} through {load.windows[method.key]:,} windows, "
-            f"{each * 1e3:.3g} ms a row measured"
-        )
+        seconds += rows * method.samples * (each or math.nan) / spread / (devices or 1)
+        what = f"  {method.title}: {rows:,} rows × {method.samples} through {load.windows[method.key]:,} windows"
+        lines.append(f"{what}, {each * 1e3:.3g} ms a row measured" if each else what)
     smaller = (
         f" ({load.left_out} left out: below --min-voxels {request.min_voxels} or not selected)" if load.left_out else ""
     )
@@ -123,12 +110,44 @@ def say_plan(session: Session, load: Load, cases: Mapping[str, Case], say: Print
         say(line)
     count = devices or mesh
     kind = jax.devices()[0].device_kind
-    say(f"  estimated time {duration(seconds)} on {f'{count} × {kind}' if count > 1 else kind}")
+    estimate = duration(seconds) if math.isfinite(seconds) else "unknown"
+    say(f"  estimated time {estimate} on {f'{count} × {kind}' if count > 1 else kind}")
     say(f"  files: at most {_size(_bytes(session, load))} ({_stored(session, load.units)})")
-    if settings.precision != "float32":
+    if settings.precision != "float32" and scan is not None:
         off = precision_error(session.model, settings.precision, predictor, scan.image, instance)
         say(f"  {settings.precision}: one row differs from float32 by up to {off:.2g} of its largest value")
     return units
+
+
+def _sample(session: Session, case: Case) -> tuple[Scan | None, Instance]:
+    """A scan and one of its lesions to measure with; no scan where it cannot be read any more, which its own turn will tell."""
+    nobody = Instance(0, np.zeros((0, 3), np.int32))
+    try:
+        scan = load_scan(case, session.model.spec, session.request.resample)
+        labels = scan.labels(session.folder.path(case, INSTANCES))
+    except InputError:
+        return None, nobody
+    record = CaseRecord.read(session.folder.root, case.name)
+    instances, _ = on_image(instances_of(labels, record.lesions()), labels, scan)
+    return (scan, instances[0]) if instances else (None, nobody)
+
+
+def _measured(session: Session, number: int, scan: Scan, instance: Instance) -> float | None:
+    """Seconds a row, with a smaller chunk where memory runs out; None where not even one row fits. Raises InputError for what the
+    explainer refuses, which is the user's to mend, as any other input."""
+    predictor = replace(session.explained, mesh=None)
+    while True:
+        try:
+            return seconds_per_row(session.methods[number], predictor, scan.image, instance)
+        except InputError:
+            raise
+        except ValueError as error:
+            raise InputError(str(error)) from error
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            if session.halve_chunk() is None:
+                return None
 
 
 def _bytes(session: Session, load: Load) -> float:

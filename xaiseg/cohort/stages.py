@@ -148,6 +148,8 @@ def _explained(
             found = explain_group(key, method, session.explained, image, group, progress)
             break
         except Exception as error:
+            if must_stop(error):
+                raise
             if out_of_memory(error) and session.halve_chunk() is not None:
                 continue
             if len(group) == 1:
@@ -198,10 +200,12 @@ def _write_maps(
 
 
 def _hull(session: Session, shape: tuple[int, ...], instance: Instance) -> int:
-    """Voxels of a map, at most: of the box of the windows that hold the instance."""
-    plan = session.explained.plan(shape)
+    """Voxels of a stored map, at most: of the box of the windows that hold the instance, or of the grid."""
+    plan, volume = session.explained.plan(shape), math.prod(shape[:3])
+    if session.request.save_maps == "full":
+        return volume
     windows = np.flatnonzero((plan.coverage(instance.voxels)[1] > 0).any(1))
-    return math.prod(plan.bounding_box(windows).shape)
+    return min(math.prod(plan.bounding_box(windows).shape), volume)
 
 
 def fail(session: Session, case: Case | str, unit: str, lesion: int | None, error: BaseException) -> dict[str, Any]:
@@ -219,7 +223,7 @@ def cause(error: BaseException) -> str:
     if isinstance(error, InputError | OSError | FloatingPointError):
         return text
     if out_of_memory(error):
-        return f"out of memory, with one row at a time: give a smaller --memory, or a larger device ({text[:200]})"
+        return f"out of memory, however few rows at a time: take a larger device, or smaller windows ({text[:200]})"
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 

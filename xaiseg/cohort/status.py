@@ -15,7 +15,7 @@ from xaiseg.cohort.running import RUNNING
 from xaiseg.cohort.tables import case_row
 from xaiseg.errors import InputError
 
-# A process on another machine that has said nothing for so long is taken to be gone.
+# A process that has said nothing for so long, which it does every five seconds, is taken to be gone.
 _SILENT = 120.0  # seconds
 # The rate is that of the last so many seconds in which something was done.
 _RECENT = 3600.0
@@ -24,9 +24,9 @@ _RECENT = 3600.0
 def status(out: Path) -> dict[str, Any]:
     """Of the run in the folder `out`, as plain JSON values.
 
-    cases: numbers by status. units: a lesion explained by a method each; `total` only counts cases that are segmented. passes: rows
-    and samples of these units, by which the time left is estimated. running: processes at work. failures: causes.
-    rate: passes a second, of all processes together; seconds_left, end: None where nothing tells.
+    cases: numbers by status. segmented: cases of which the lesions are known. units: a lesion explained by a method each; `total`
+    only counts segmented cases. passes: rows and samples of these units, by which the time left is estimated. running: processes
+    at work. failures: causes. rate: passes a second, of all processes together. seconds_left, end: None where nothing tells.
 
     Raises InputError where there is no run.
     """
@@ -46,9 +46,10 @@ def status(out: Path) -> dict[str, Any]:
     cases: dict[str, int] = {}
     failures: list[dict[str, Any]] = []
     stamps: list[tuple[float, float]] = []
-    units = done = passes = passes_done = 0
+    segmented = units = done = passes = passes_done = 0
     for record in _records(out):
         state = case_row(record, keys)["status"]
+        segmented += record.segmented is not None
         cases[state] = cases.get(state, 0) + 1
         failures += [
             {"case": record.name, "unit": unit, "lesion": lesion, "message": failure["message"]}
@@ -69,6 +70,7 @@ def status(out: Path) -> dict[str, Any]:
         "out": str(out),
         "command": settings["identity"]["command"],
         "cases": {"total": sum(cases.values()), **cases},
+        "segmented": segmented,
         "units": {"total": units, "done": done, "failed": sum(f["lesion"] is not None for f in failures)},
         "passes": {"total": passes, "done": passes_done},
         "running": running,
@@ -84,6 +86,8 @@ def lines(found: dict[str, Any]) -> list[str]:
     cases, units, passes = found["cases"], found["units"], found["passes"]
     said = [", ".join(f"{n} {name}" for name, n in cases.items() if name != "total")]
     text = [f"{found['out']}: {found['command']}", f"  cases: {cases['total']}" + (f" ({said[0]})" if said[0] else "")]
+    if found["segmented"] < cases["total"]:
+        text.append(f"  segmented: {found['segmented']} of {cases['total']}")
     if units["total"]:
         share = passes["done"] / passes["total"] if passes["total"] else 1.0
         failed = f", {units['failed']} failed" if units["failed"] else ""
@@ -96,7 +100,7 @@ def lines(found: dict[str, Any]) -> list[str]:
     if found["rate"]:
         text.append(f"  rate: {found['rate']:.3g} passes a second")
     if found["seconds_left"]:
-        unknown = " of what is segmented" if cases.get("left") else ""
+        unknown = " for what is segmented" if found["segmented"] < cases["total"] else ""
         text.append(f"  left: about {duration(found['seconds_left'])}{unknown}, until {found['end']}")
     for failure in found["failures"][:10]:
         lesion = f", {failure['unit']}, lesion {failure['lesion']}" if failure["lesion"] is not None else ""
@@ -119,12 +123,11 @@ def _running(out: Path) -> Iterator[dict[str, Any]]:
     for file in sorted((out / RUNNING).glob("*.json")):
         try:
             state = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            age, host, pid, stopping = time.time() - state["at"], state["host"], state["pid"], state["stopping"]
+        except (OSError, ValueError, TypeError, KeyError):
             continue
-        age = max(time.time() - state["at"], 0.0)
-        here = state["host"] == socket.gethostname()
-        if _alive(state["pid"]) if here else age < _SILENT:
-            yield {"host": state["host"], "pid": state["pid"], "stopping": state["stopping"], "age": round(age, 1)}
+        if age < _SILENT and (host != socket.gethostname() or _alive(pid)):
+            yield {"host": host, "pid": pid, "stopping": stopping, "age": round(max(age, 0.0), 1)}
 
 
 def _alive(pid: int) -> bool:

@@ -3,6 +3,8 @@
 import signal
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -31,6 +33,15 @@ class Stopping:
     def __exit__(self, *_: Any) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Signals mean what they meant before, while code of the caller runs."""
+        self.__exit__()
+        try:
+            yield
+        finally:
+            self.__enter__()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.asked.is_set():

@@ -1,5 +1,6 @@
 """What a run leaves for the reader besides maps: tables, their descriptions, side-car files, the log; all from the journals."""
 
+import math
 import platform
 import sys
 import time
@@ -101,6 +102,7 @@ def finish_case(session: Session, case: Case) -> None:
     record = CaseRecord.read(folder.root, case.name)
     if record.finished or not record.explained:
         return
+    folder.clean(case)
     files = [folder.path(case, "desc-lesions.tsv")]
     folder.table(files[0], lesion_columns(session.methods), lesion_rows(record, session.keys))
     assert session.settings is not None
@@ -121,8 +123,13 @@ def _draw_course(infos: Sequence[Info], labels: Sequence[str], method: Method, t
 
 def _info(method: str, entry: dict[str, Any]) -> Info:
     row, course = entry["row"], entry["course"]
-    settled = None if course is None else Course(*(tuple(map(tuple, course[name])) for name in Course._fields))
+    settled = None if course is None else Course(*(_numbers(course[name]) for name in Course._fields))
     return Info(row[f"{method}_rows"], row[f"{method}_windows"], row[f"{method}_samples"], course=settled)
+
+
+def _numbers(table: Sequence[Sequence[float | None]]) -> tuple[tuple[float, ...], ...]:
+    """JSON has no NaN."""
+    return tuple(tuple(math.nan if value is None else value for value in row) for row in table)
 
 
 def lesion_columns(methods: Sequence[Method]) -> list[str]:
@@ -135,6 +142,8 @@ def write_tables(session: Session, execution: Execution, started: float, say: Pr
     explaining = session.settings is not None
     keys = session.keys if explaining else None
     with folder.exclusively("tables"):
+        for left in folder.root.glob(".*.tmp"):  # who wrote it would be in here
+            left.unlink(missing_ok=True)
         rows: list[dict[str, Any]] = []
         failures: list[dict[str, Any]] = []
         timings: list[dict[str, Any]] = []
