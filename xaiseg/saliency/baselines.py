@@ -146,7 +146,7 @@ def normal_appearing_white_matter(
         tissue = inside & (values != 0).all(-1)
         if excluded is not None and excluded.any():
             tissue &= ~ndimage.binary_dilation(excluded, iterations=_MARGIN)
-        white = values[tissue][_brightest_class(values[tissue][:, t1w_channel])]
+        white = values[tissue][brightest_class(values[tissue][:, t1w_channel])]
         constant = np.median(white, axis=0).astype(values.dtype)
         return _beside(image, np.where(inside[..., None], constant, np.zeros_like(constant)))
 
@@ -168,7 +168,7 @@ def reference_image(baseline: Baseline, image: Array) -> Array:
     return reference
 
 
-def _brightest_class(intensities: np.ndarray) -> np.ndarray:
+def brightest_class(intensities: np.ndarray) -> np.ndarray:
     """Which of the intensities `(n,)` are in the brightest of three classes, by Lloyd's algorithm from quantiles."""
     values = intensities.astype(np.float64)
     if np.unique(values).size < _CLASSES:

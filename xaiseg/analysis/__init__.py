@@ -1,0 +1,1 @@
+"""What many explained lesions tell together: groups, modalities, context, errors, and whether explanations can be trusted."""
