@@ -180,7 +180,7 @@ def corpus(tmp_path: Path) -> tuple[Path, dict[str, str]]:
     # lines of the table itself
     twice = broken_line(folder, "sub-twice")
     text += ["\t".join(twice[c] for c in columns)] * 2
-    expected["sub-twice"] = "already on line"
+    expected["sub-twice"] = "expected each subject and session once"
     text.append("\t".join({**twice, "case": "sub-nocell", "T1w": ""}[c] for c in columns))
     expected["sub-nocell"] = "empty cell"
     text.append("sub-ragged\tonly.nii.gz")

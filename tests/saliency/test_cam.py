@@ -420,8 +420,8 @@ def exact_by_differences(whole, form, h, exact=None):
     ("layer", "target", "transform", "form"),
     [
         ("coarse", "logit", "exp", "paper"),
-        ("coarse", "probability", "exp", "monai"),
-        ("fine", "logit", softplus, "pooled"),
+        pytest.param("coarse", "probability", "exp", "monai", marks=pytest.mark.slow),
+        pytest.param("fine", "logit", softplus, "pooled", marks=pytest.mark.slow),
         pytest.param("coarse", "probability", jax.nn.softplus, "paper", marks=pytest.mark.slow),
         pytest.param("coarse", "logit", lambda s: s, "authors", marks=pytest.mark.slow),
     ],
