@@ -70,6 +70,7 @@ def copy(runs, tmp_path):
 
 
 def test_everything_is_written_and_described(copy):
+    pytest.importorskip("sklearn", reason="scikit-learn is an optional extra")
     said = []
     found = analyse(
         copy / "main", missed=copy / "missed", normal=copy / "normal", resamples=50, seed=2, say=said.append
@@ -100,6 +101,7 @@ def test_profiles_come_from_the_saved_maps(copy):
 
 
 def test_an_analysis_repeats_and_forgets_what_is_no_longer_so(copy):
+    pytest.importorskip("sklearn", reason="scikit-learn is an optional extra")
     quiet(copy / "main", missed=copy / "missed")
     folder = copy / "main" / "analysis"
     before = {p.name: p.read_bytes() for p in folder.iterdir() if p.suffix != ".json"}
