@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from xaiseg._types import Instance, LocalFn, LogitsFn, Progress
 from xaiseg.inference import StitchedPredictor, WindowPlan, check_grid, cut, pad
 from xaiseg.inference.devices import device_of, row_shards
 from xaiseg.saliency.linearise import few_sizes, fill
-from xaiseg.saliency.schedule import Geometry, View, portions
+from xaiseg.saliency.schedule import Geometry, Held, View, held_by_view
 
 # Passes on their way at once on each device: the next is prepared while one is computed.
 _IN_FLIGHT = 2
@@ -54,14 +54,6 @@ class Altered:
         return len(self.parameters[0])
 
 
-class _Held(NamedTuple):
-    """The voxels that a view holds: numbers `(n,)`, places in the view `(n, 3)`, shares of the blended logits `(n,)`."""
-
-    row: np.ndarray
-    place: np.ndarray
-    share: np.ndarray
-
-
 def altered_logits(
     predictor: StitchedPredictor,
     altered: Altered,
@@ -89,7 +81,7 @@ def altered_logits(
     if chunk is None:
         chunk = 1 if next(iter(shards[0][1][0].devices())).platform == "cpu" else _CHUNK
     blended: np.ndarray | None = None
-    flying: deque[tuple[Array, _Held, list[np.ndarray]]] = deque()
+    flying: deque[tuple[Array, Held, list[np.ndarray]]] = deque()
     passes = turn = 0
 
     def land() -> None:
@@ -137,23 +129,14 @@ def passes_at_most(predictor: StitchedPredictor, shape: tuple[int, ...], voxels:
 
 def _cheapest(
     plan: WindowPlan, local_fn: LocalFn | None, voxels: np.ndarray
-) -> tuple[Geometry, LocalFn | None, dict[View, _Held]]:
+) -> tuple[Geometry, LocalFn | None, dict[View, Held]]:
     """Windows or tiles of them, whichever hold the voxels with fewer voxels of input."""
     ways: list[LocalFn | None] = [None] if local_fn is None else [local_fn, None]
     found = []
     for local in ways:
         geometry = Geometry.of(plan, local)
-        found.append((geometry, local, _held_by_view(geometry, voxels)))
+        found.append((geometry, local, held_by_view(geometry, Instance(0, voxels))))
     return min(found, key=lambda way: len(way[2]) * math.prod(way[0].field))
-
-
-def _held_by_view(geometry: Geometry, voxels: np.ndarray) -> dict[View, _Held]:
-    """Each view that the voxels need with those it holds, once, though they may differ in the other views they need."""
-    found: dict[View, list[_Held]] = {}
-    for portion in portions(geometry, [Instance(0, voxels)]):
-        for view, place, share in zip(portion.views, portion.place, portion.share, strict=True):
-            found.setdefault(view, []).append(_Held(portion.row, place, share))
-    return {view: _Held(*map(np.concatenate, zip(*parts, strict=True))) for view, parts in found.items()}
 
 
 def _box(geometry: Geometry, view: View) -> Box:

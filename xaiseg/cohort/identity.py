@@ -13,8 +13,10 @@ from xaiseg.cohort.work import Request
 from xaiseg.imaging import Case
 from xaiseg.models import Model
 
-# Of a request, what changes results; the rest says where they come from and go, or which of them are wanted.
-_DECISIVE = ("instances", "lesions", "min_voxels", "resample", "whole_volume", "save_maps", "map_dtype", "pictures")
+# Of a request, what changes results, and those of explanations besides; the rest says where they come from and go, or which of them
+# are wanted.
+_DECISIVE = ("instances", "resample", "whole_volume")
+_EXPLAINING = ("lesions", "min_voxels", "save_maps", "map_dtype", "pictures")
 
 
 def identity(model: Model, request: Request, settings: Settings | None, methods: Sequence[Method]) -> dict[str, Any]:
@@ -23,12 +25,10 @@ def identity(model: Model, request: Request, settings: Settings | None, methods:
         "xaiseg": __version__,
         "command": "segment" if settings is None else "explain",
         "model": {**asdict(model.spec), "hash": model_hash(model)},
-        "instances": request.instances,
-        "resample": request.resample,
-        "whole_volume": request.whole_volume,
+        **{name: getattr(request, name) for name in _DECISIVE},
     }
     if settings is not None:
-        found |= {name: getattr(request, name) for name in _DECISIVE}
+        found |= {name: getattr(request, name) for name in _EXPLAINING}
         found |= {"precision": settings.precision, "methods": {method.key: method.settings for method in methods}}
     return found
 

@@ -65,6 +65,23 @@ def style_ticks(ax: Axes) -> None:
         tick.set(fontfamily=FONT, fontsize=points(16), parse_math=False)
 
 
+def style_panels(fig: Figure, rule: str) -> None:
+    """White panels with a light grid behind what is drawn, lines in `rule` at left and bottom, ticks in the page's font."""
+    for ax in fig.axes:
+        ax.set_facecolor("white")
+        ax.grid(axis="y", color="#eceef1", linewidth=0.8)
+        ax.set_axisbelow(True)
+        ax.tick_params(length=0, pad=8, labelcolor="#3c4046")
+        style_ticks(ax)
+        for side, spine in ax.spines.items():
+            spine.set(visible=side in ("left", "bottom"), color=rule)
+
+
+def count(n: int, noun: str) -> str:
+    """`1 scan`, `2 scans`."""
+    return f"{n} {noun}{'s' * (n != 1)}"
+
+
 def finish(fig: Figure, path: str | os.PathLike[str] | None) -> Figure | None:
     """The figure itself, or None once it is at `path`; no date and no version in the file, so that bytes repeat."""
     if path is None:

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from xaiseg.analysis.context import DETECTED, ContextCurve
-from xaiseg.report.canvas import FONT, add_panel, finish, new_page, number, points, style_ticks, write
+from xaiseg.report.canvas import FONT, add_panel, count, finish, new_page, number, points, style_panels, write
 
 # Hues and lightnesses that stay apart without colour vision, dashes that do without any colour.
 _STYLES: tuple[tuple[str, Any], ...] = (
@@ -45,7 +45,7 @@ def context_figure(
     counted = summary[0]
     fig = new_page(1560, _TOP + _HIGH + 110, "white")
     write(fig, 40, 58, "What lesions need of their surroundings", 30, _INK, weight="bold")
-    facts = f"{_count(counted['lesions'], 'lesion')} of {_count(counted['patients'], 'patient')}"
+    facts = f"{count(counted['lesions'], 'lesion')} of {count(counted['patients'], 'patient')}"
     facts += " · all beyond the distance is set to the background · bands: 95 %, patients resampled"
     write(fig, 40, 92, facts, 18, _DIM, fit=1480)
     score = _panel(fig, 0, "Mean lesion probability", "tissue kept around the lesion (mm)", "probability")
@@ -67,7 +67,7 @@ def context_figure(
         ax.set(xlim=(steps[0] - room, right + room), ylim=(-0.02, 1.04))
         ticks = [t for t in MaxNLocator(6).tick_values(steps[0], steps[-1]) if steps[0] <= t <= steps[-1]]
         ax.set_xticks([*ticks, right], [*(f"{t:g}" for t in ticks), "all"], parse_math=False)
-    _style(fig)
+    style_panels(fig, _RULE)
     return finish(fig, path)
 
 
@@ -99,7 +99,7 @@ def insertion_figure(
     fig = new_page(2 * _LEFT + _WIDE + len(shown) * (_WIDE + _GAP), _TOP + _HIGH + 110, "white")
     write(fig, 40, 58, "Synthetic lesions", 30, _INK, weight="bold")
     counted = next(iter(series.values()))[1][0]
-    facts = f"{_count(counted['lesions'], 'lesion')} in scans of {_count(counted['patients'], 'patient')}"
+    facts = f"{count(counted['lesions'], 'lesion')} in scans of {count(counted['patients'], 'patient')}"
     write(fig, 40, 92, f"{facts} · bands: 95 %, patients resampled", 18, _DIM, fit=fig.bbox.width - 80)
     found = _panel(fig, 0, "Lesions detected", f"contrast ({unit})", "share of lesions")
     panels = [_panel(fig, n, f"Peak saliency, {name}", f"contrast ({unit})", saliency_unit)
@@ -123,7 +123,7 @@ def insertion_figure(
         ax.axhline(0, color=_RULE, linewidth=points(1.4), zorder=0.5)
     # the curve rises from lower left to upper right: lower right is free
     found.legend(loc="lower right", frameon=False, prop={"family": FONT, "size": points(15)}, labelcolor=_INK)
-    _style(fig)
+    style_panels(fig, _RULE)
     return finish(fig, path)
 
 
@@ -171,19 +171,3 @@ def _mark(ax: Axes, row: Mapping[str, Any], name: str, line: int) -> None:
     ax.text(0.97, 0.14 - 0.075 * line, text, transform=ax.transAxes, ha="right", va="center", color=_INK, family=FONT,
             fontsize=points(16), parse_math=False, zorder=6,
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 2, "alpha": 0.8})  # fmt: skip
-
-
-def _style(fig: Figure) -> None:
-    """White panels with a light grid behind the lines, and ticks in the page's font."""
-    for ax in fig.axes:
-        ax.set_facecolor("white")
-        ax.grid(axis="y", color="#eceef1", linewidth=0.8)
-        ax.set_axisbelow(True)
-        ax.tick_params(length=0, pad=8, labelcolor="#3c4046")
-        style_ticks(ax)
-        for side, spine in ax.spines.items():
-            spine.set(visible=side in ("left", "bottom"), color=_RULE)
-
-
-def _count(n: int, noun: str) -> str:
-    return f"{n} {noun}{'s' * (n != 1)}"

@@ -7,11 +7,10 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from scipy.special import ndtri
 
-from xaiseg.report.canvas import FONT, add_panel, finish, new_page, number, points, style_ticks, write
+from xaiseg.report.canvas import FONT, add_panel, count, finish, new_page, number, points, style_panels, write
 
 _INK, _DIM, _RULE, _DOT = "#17181b", "#5b5f66", "#c4c7cc", "#0072b2"
 _DOTS: dict[str, Any] = {"s": 44, "c": _DOT, "marker": "o", "alpha": 0.75, "linewidths": 0}
@@ -40,7 +39,7 @@ def evaluation_figure(
     fig = new_page(1600, _TOP + 2 * _HIGH + _GAP_Y + 110, "white")
     patients = len({row["patient"] for row in rows})
     write(fig, 40, 58, "Segmentation against the reference", 30, _INK, weight="bold")
-    facts = f"{_count(len(rows), 'scan')} · {_count(patients, 'patient')} · 95 % intervals: of the mean over patients "
+    facts = f"{count(len(rows), 'scan')} · {count(patients, 'patient')} · 95 % intervals: of the mean over patients "
     facts += "(bootstrap), of lesions found after Wilson"
     write(fig, 40, 92, facts, 18, _DIM)
 
@@ -59,7 +58,7 @@ def evaluation_figure(
     _differences(differences, predicted, reference, limits)
     _scores(panel(0, 1, "nDSC of each scan", "scans, best first", "nDSC"), rows, found["ndsc", "scans"])
     _detection(panel(1, 1, "Reference lesions found", "lesion volume (mm³)", "detection rate"), lesions)
-    _style(fig)
+    style_panels(fig, _RULE)
     finish(fig, path)
 
 
@@ -159,19 +158,3 @@ def _round_ticks(ax: Axes) -> None:
 def _note(ax: Axes, x: float, y: float, text: str, ha: str = "left") -> None:
     ax.text(x, y, text, transform=ax.transAxes, ha=ha, va="center", color=_INK, family=FONT, fontsize=points(15),
             parse_math=False, zorder=3)  # fmt: skip
-
-
-def _style(fig: Figure) -> None:
-    """White panels with a light grid behind the dots, and ticks in the page's font."""
-    for ax in fig.axes:
-        ax.set_facecolor("white")
-        ax.grid(axis="y", color="#eceef1", linewidth=0.8)
-        ax.set_axisbelow(True)
-        ax.tick_params(length=0, pad=8, labelcolor="#3c4046")
-        style_ticks(ax)
-        for side, spine in ax.spines.items():
-            spine.set(visible=side in ("left", "bottom"), color=_RULE)
-
-
-def _count(n: int, noun: str) -> str:
-    return f"{n} {noun}{'s' * (n != 1)}"

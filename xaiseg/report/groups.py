@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from xaiseg.report.canvas import FONT, add_panel, finish, new_page, number, points, style_ticks, write
+from xaiseg.report.canvas import FONT, add_panel, count, finish, new_page, number, points, style_ticks, write
 
 _INK, _DIM, _RULE = "#17181b", "#5b5f66", "#c4c7cc"
 # Colour, marker and dashes, so that groups stay apart without colour vision and in print.
@@ -71,7 +71,7 @@ def group_figure(
     fig = new_page(_WIDTH, _TOP + len(values) * (height + below) + 6, "white")
     write(fig, 40, 58, "Saliency of lesions by group", 30, _INK, weight="bold")
     unknown = max(int((~np.isfinite(v)).sum()) for by_channel in values.values() for v in by_channel.values())
-    facts = [title, _count(len(groups), "lesion"), _count(len(set(patients.tolist())), "patient")]
+    facts = [title, count(len(groups), "lesion"), count(len(set(patients.tolist())), "patient")]
     facts += ["a dot a lesion, bar: median, thin lines: quartiles"]
     facts += [f"up to {unknown} without a finite value"] * bool(unknown)
     write(fig, 40, 92, " · ".join(filter(None, facts)), 18, _DIM, fit=_WIDTH - 80)
@@ -121,7 +121,7 @@ def profile_figure(
     facts = " · ".join(filter(None, [title, "mean over lesions", "band: 95 % interval over patients"]))
     write(fig, 40, 92, facts, 18, _DIM, fit=_WIDTH - 80)
     lesions = {g: max(row["lesions"] for row in drawn if row["group"] == g) for g in present}
-    _legend(fig, 134, [(f"{g}, {_count(lesions[g], 'lesion')}", *_colours(g)) for g in present])
+    _legend(fig, 134, [(f"{g}, {count(lesions[g], 'lesion')}", *_colours(g)) for g in present])
     ends = np.array([[row["mean"], row["low"], row["high"]] for row in drawn], float)
     limits = _limits(ends)
     span = (min(row["from_mm"] for row in drawn), max(row["to_mm"] for row in drawn))
@@ -173,7 +173,7 @@ def error_figure(
     fig = new_page(_WIDTH, top + size + 96, "white")
     write(fig, 40, 58, "True or false lesion?", 30, _INK, weight="bold")
     first = shown[0]
-    facts = [f"{first['n_tp']} TP and {first['n_fp']} FP of {_count(first['patients'], 'patient')}"]
+    facts = [f"{first['n_tp']} TP and {first['n_fp']} FP of {count(first['patients'], 'patient')}"]
     facts += ["scores of patients not seen in fitting", "95 % intervals over patients"]
     write(fig, 40, 92, " · ".join(facts), 18, _DIM, fit=_WIDTH - 80)
     roc = add_panel(fig, 100, top, (size, size), "ROC")
@@ -302,7 +302,3 @@ def _colours(group: str) -> tuple[str, Any]:
 
 def _two(value: float) -> str:
     return f"{value:.2f}" if np.isfinite(value) else "n/a"
-
-
-def _count(n: int, noun: str) -> str:
-    return f"{n} {noun}{'s' * (n != 1)}"

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from xaiseg.report.canvas import add_panel, finish, new_page, number, style_ticks, write
+from xaiseg.report.canvas import add_panel, count, finish, new_page, number, style_ticks, write
 
 _GROUPS = {"TP": ("#0072b2", "o"), "FP": ("#d55e00", "s"), "FN": ("#aa4499", "^"), "TN": ("#009e73", "v")}
 _OTHER_GROUP = ("#6b6f76", "D")
@@ -35,7 +35,7 @@ def summary_figure(
     fig = new_page(1600, top + len(channels) * (height + gap) - 24, "white")
     write(fig, 40, 58, "Peak saliency per lesion", 30, "#17181b", weight="bold")
     undrawn = sum(not all(np.isfinite(peaks[c][n]) for c in channels) for n in range(len(rows)))
-    facts = [_count(len(rows), "lesion"), _count(len({row["case"] for row in rows}), "scan"), "bar: median"]
+    facts = [count(len(rows), "lesion"), count(len({row["case"] for row in rows}), "scan"), "bar: median"]
     facts += [f"{undrawn} without a finite peak"] * bool(undrawn)
     write(fig, 40, 92, " · ".join(facts), 18, "#5b5f66")
 
@@ -104,7 +104,3 @@ def _round_ticks(ax: Axes, span: tuple[float, float]) -> None:
         ticks = [t for t in ticks if str(t)[0] == "1"]
     ax.set_xticks(ticks, labels=[f"{t:,}" for t in ticks])
     ax.set_xticks([], minor=True)
-
-
-def _count(n: int, noun: str) -> str:
-    return f"{n} {noun}{'s' * (n != 1)}"

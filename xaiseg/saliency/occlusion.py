@@ -22,7 +22,7 @@ from xaiseg.saliency.baselines import Baseline, reference_image, zero
 from xaiseg.saliency.linearise import few_sizes, fill
 from xaiseg.saliency.patches import mean_over_patches, patches_in, per_axis, reached, region_of
 from xaiseg.saliency.rows import head_of
-from xaiseg.saliency.schedule import Geometry, View, portions
+from xaiseg.saliency.schedule import Geometry, Held, View, held_by_view, portions
 from xaiseg.saliency.targets import Head, Target
 
 Channels = Literal["each", "together"]
@@ -112,7 +112,7 @@ def occlusion(
         maps, infos = [], []
         # one by one: what is computed together must not depend on what else is explained
         for instance in instances:
-            held = _held_by_view(passes.geometry, instance)
+            held = held_by_view(passes.geometry, instance)
             windows = sorted({view[0] for view in held})
             region = region_of(plan, instance, margin, windows)
             low, high = patches_in(plan.shape, region, sides, step)
@@ -146,14 +146,6 @@ def occlusion_passes(
     offset = np.array([lo for lo, _ in geometry.plan.padding], np.int32)
     tried = sum(int(reached(geometry, view, low + offset, high + offset).sum()) for view in views)
     return len(views) + tried * shape[-1]
-
-
-class _Held(NamedTuple):
-    """The voxels of an instance that a view holds: numbers `(n,)`, places in the view `(n, 3)`, shares of the logits `(n,)`."""
-
-    row: np.ndarray
-    place: np.ndarray
-    share: np.ndarray
 
 
 class _Occluded(NamedTuple):
@@ -270,7 +262,7 @@ def _target(head: Head, logits: Array) -> Array:
 
 def _effects(
     passes: _Passes,
-    held: dict[View, _Held],
+    held: dict[View, Held],
     voxels: int,
     low: np.ndarray,
     high: np.ndarray,
@@ -321,15 +313,6 @@ def _targets(head: Head, logits: np.ndarray) -> np.ndarray:
     flat = logits.reshape(-1, logits.shape[-1])
     filled = np.pad(flat, ((0, few_sizes(len(flat)) - len(flat)), (0, 0)), mode="edge")
     return np.asarray(_target(head, filled))[: len(flat)].reshape(logits.shape[:-1])
-
-
-def _held_by_view(geometry: Geometry, instance: Instance) -> dict[View, _Held]:
-    """Each view that an instance needs with the voxels it holds, once, though they may differ in the other views they need."""
-    found: dict[View, list[_Held]] = {}
-    for portion in portions(geometry, [instance]):
-        for view, place, share in zip(portion.views, portion.place, portion.share, strict=True):
-            found.setdefault(view, []).append(_Held(portion.row, place, share))
-    return {view: _Held(*map(np.concatenate, zip(*parts, strict=True))) for view, parts in found.items()}
 
 
 def _blocks(count: int, size: int) -> Iterator[slice]:

@@ -46,6 +46,14 @@ class Portion(NamedTuple):
         )
 
 
+class Held(NamedTuple):
+    """The voxels of an instance that a view holds: numbers `(n,)`, places in the view `(n, 3)`, shares of the logits `(n,)`."""
+
+    row: np.ndarray
+    place: np.ndarray
+    share: np.ndarray
+
+
 class Geometry(NamedTuple):
     """Where views lie in the padded volume. sides: of a view's logits. field: of the input that they depend on, which begins
     `before` them and ends `after` them; both equal the window without local logits."""
@@ -99,6 +107,15 @@ def portions(geometry: Geometry, instances: Sequence[Instance]) -> list[Portion]
             found.setdefault(views, []).append(portion)
     keys = sorted(found)
     return [_joined(found[views]) for _, views in sorted(zip(_linked(keys), keys, strict=True))]
+
+
+def held_by_view(geometry: Geometry, instance: Instance) -> dict[View, Held]:
+    """Each view that an instance needs with the voxels it holds, once, though they may differ in the other views they need."""
+    found: dict[View, list[Held]] = {}
+    for portion in portions(geometry, [instance]):
+        for view, place, share in zip(portion.views, portion.place, portion.share, strict=True):
+            found.setdefault(view, []).append(Held(portion.row, place, share))
+    return {view: Held(*map(np.concatenate, zip(*parts, strict=True))) for view, parts in found.items()}
 
 
 def _linked(keys: Sequence[tuple[View, ...]]) -> list[int]:
