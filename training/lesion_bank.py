@@ -7,11 +7,11 @@ from typing import NamedTuple
 import numpy as np
 from scipy import ndimage
 
-from training.lesion_filling import EDGE, grown, local
 from training.volumes import Volume
-from training.white_matter import channel_of, robust, white_matter
 from xaiseg.errors import InputError
+from xaiseg.imaging.white_matter import channel_of, robust, white_matter
 from xaiseg.instances import label_components
+from xaiseg.instances.lesion_filling import EDGE, grown, local
 
 _DENOISE = 1.0  # σ of the blur within the lesion: the place it is put to has noise of its own
 _VISIBLE = 1.0  # standard deviations of white matter that a lesion's mean FLAIR exceeds it by, or it is not kept

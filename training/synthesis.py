@@ -14,11 +14,11 @@ from numpy.random import Generator
 from scipy import ndimage
 
 from training.lesion_bank import BankLesion, LesionBank
-from training.lesion_filling import EDGE, drawn, edge_weight, fill, grown, local, numbered, texture_of
 from training.volumes import Volume, make_volume
-from training.white_matter import WhiteMatter, robust, white_matter
 from xaiseg.errors import InputError
+from xaiseg.imaging.white_matter import WhiteMatter, robust, white_matter
 from xaiseg.instances import label_components
+from xaiseg.instances.lesion_filling import EDGE, drawn, edge_weight, fill, grown, local, numbered, texture_of
 
 UNITS = ("tissue", "image")
 _PLACES = 64  # tried at once for one lesion

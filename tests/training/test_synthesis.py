@@ -8,15 +8,24 @@ import pytest
 from scipy import ndimage
 
 from training.lesion_bank import LesionBank
-from training.lesion_filling import EDGE, FILLED_EDGE, Texture, drawn, edge_weight, fill, interpolated, texture_of
 from training.synthesis import Settings, insert, synthesise
 from training.volumes import Volume, make_volume
-from training.white_matter import WhiteMatter, white_matter
 from xaiseg.errors import InputError
 from xaiseg.imaging.phantom import Phantom, phantom
 from xaiseg.imaging.phantom_anatomy import draw_anatomy
 from xaiseg.imaging.phantom_lesions import draw_lesions
+from xaiseg.imaging.white_matter import WhiteMatter, white_matter
 from xaiseg.instances import label_components
+from xaiseg.instances.lesion_filling import (
+    EDGE,
+    FILLED_EDGE,
+    Texture,
+    drawn,
+    edge_weight,
+    fill,
+    interpolated,
+    texture_of,
+)
 
 CUBE = np.ones((3, 3, 3))
 SHAPE, SPACING = (88, 106, 88), 1.8  # coarser voxels leave little white matter that is pure

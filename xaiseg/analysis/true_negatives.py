@@ -4,7 +4,6 @@ A region is the voxel set of a lesion, flipped, turned and moved to where tissue
 network sees and not in the size of what is asked about.
 """
 
-import json
 import zlib
 from collections.abc import Sequence
 from itertools import permutations, product
@@ -14,8 +13,8 @@ import numpy as np
 from scipy import ndimage
 
 from xaiseg._types import Instance
+from xaiseg.analysis.reopened import run_input
 from xaiseg.analysis.run_tables import Run
-from xaiseg.cohort.folder import SETTINGS
 from xaiseg.cohort.output import Files
 from xaiseg.cohort.stages import INSTANCES, MASK
 from xaiseg.errors import InputError
@@ -147,12 +146,14 @@ def write_true_negatives(
         raise InputError(
             f"{run.root}: its channels are {', '.join(channels)}, expected {t1w}: name the one that is T1w"
         )
-    cases = {case.name: case for case in read_input(Path(source) if source else _input(run), channels)}
+    cases = {case.name: case for case in read_input(Path(source) if source else run_input(run), channels)}
     files = Files(folder)
     lines: list[dict[str, str]] = []
     for name in dict.fromkeys(run.lesions["case"].tolist()):
         if name not in cases:
-            raise InputError(f"{source or _input(run)}: no case {name}, which {run.root} has: give the run's own input")
+            raise InputError(
+                f"{source or run_input(run)}: no case {name}, which {run.root} has: give the run's own input"
+            )
         case, place = cases[name], int(np.flatnonzero(run.lesions["case"] == name)[0])
         scan = load_scan(case, channels, resample=bool(run.identity.get("resample")))
         explained = nifti.read_labels(run.file(place, INSTANCES), scan.stored_grid)
@@ -175,10 +176,6 @@ def write_true_negatives(
         raise InputError(f"{run.root}: no scan has normal-appearing tissue for a region; give a smaller distance")
     files.table(files.root / "manifest.tsv", list(lines[0]), lines)
     return files.root / "manifest.tsv"
-
-
-def _input(run: Run) -> Path:
-    return Path(json.loads((run.root / SETTINGS).read_text(encoding="utf-8"))["input"])
 
 
 def _poses(spacing: Sequence[float]) -> list[tuple[list[int], np.ndarray]]:

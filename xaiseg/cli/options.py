@@ -2,6 +2,7 @@
 
 import argparse
 import re
+from pathlib import Path
 from typing import Any
 
 
@@ -13,6 +14,31 @@ def command(commands: Any, name: str, run: Any, text: str) -> argparse.ArgumentP
 
 def overwrite(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier run's files")
+
+
+def opened_run(parser: argparse.ArgumentParser) -> None:
+    """Of commands that open a finished run again with its network and its scans; see `analysis.reopened`."""
+    parser.add_argument("output", type=Path, metavar="OUT", help="folder of a finished `xaiseg explain`")
+    parser.add_argument("--model", required=True, metavar="M", help="the model that the run explained")
+    parser.add_argument(
+        "--source", type=Path, metavar="INPUT", help="the run's manifest or BIDS folder, if it was moved"
+    )
+
+
+def chosen_lesions(parser: argparse.ArgumentParser, number: int | None) -> None:
+    """Which lesions of a run; `number`: as many at most, by default."""
+    parser.add_argument("--groups", type=names, default=(), metavar="TP,FP", help="only lesions of these groups")
+    parser.add_argument(
+        "--volume", type=span, default=(0.0, float("inf")), metavar="A:B", help="only lesions of A to B mm³"
+    )
+    parser.add_argument(
+        "--lesions",
+        type=positive,
+        default=number,
+        metavar="N",
+        help=f"as many at most, drawn evenly over patients ({'all' if number is None else number})",
+    )
+    parser.add_argument("--seed", type=seed, default=0, help="of what is drawn (%(default)s)")
 
 
 def checked(convert: Any, holds: Any, expected: str) -> Any:
@@ -46,6 +72,11 @@ strides = checked(
 )
 window = checked(
     lambda t: [int(p) for p in t.split(",")], lambda v: len(v) == 3 and min(v) > 0, "three positive integers X,Y,Z"
+)
+span = checked(
+    lambda t: tuple(float(p) if p else end for p, end in zip(t.split(":"), (0.0, float("inf")), strict=True)),
+    lambda v: 0 <= v[0] < v[1],
+    "A:B with 0 <= A < B, such as 50:200, :200 or 50:",
 )
 
 

@@ -12,9 +12,9 @@ import numpy as np
 from numpy.random import Generator
 from scipy import ndimage
 
-from training.white_matter import channel_of, robust, upsampled
 from xaiseg.errors import InputError
-from xaiseg.instances import label_components
+from xaiseg.imaging.white_matter import channel_of, robust, upsampled
+from xaiseg.instances.components import label_components
 
 EDGE = 2  # voxels beyond a mask that its soft edge reaches
 FILLED_EDGE = 1 + EDGE  # experts draw a lesion tighter than its halo: without one more voxel a bright shell is left
@@ -69,7 +69,7 @@ def fill(
         known[around] &= ~ndimage.maximum_filter(lesions[around].astype(np.uint8), 2 * FILLED_EDGE + 1).view(bool)
     if not known.any():
         raise InputError(
-            "synthesis: no voxel of white matter is left outside the lesions, expected some to fill them from: "
+            "lesion filling: no voxel of white matter is left outside the lesions, expected some to fill them from: "
             "give the white matter of the whole scan"
         )
     for number, box in enumerate(boxes, start=1):

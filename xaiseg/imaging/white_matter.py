@@ -38,8 +38,8 @@ def channel_of(channels: Sequence[str], name: str) -> int:
     found = [channel.lower() for channel in channels]
     if name.lower() not in found:
         raise InputError(
-            f"synthesis: the channels are {', '.join(channels) or 'none'}, expected FLAIR and T1w among them: "
-            "train with both, or without synthetic lesions"
+            f"white matter: the channels are {', '.join(channels) or 'none'}, expected FLAIR and T1w among them: "
+            "give scans that have both"
         )
     return found.index(name.lower())
 
@@ -100,7 +100,7 @@ def white_matter(image: np.ndarray, reference: np.ndarray, channels: Sequence[st
 
 def _none_found(count: int, what: str) -> InputError:
     return InputError(
-        f"synthesis: {count} voxels of {what} were found, expected at least {_FEW}: give a brain-extracted scan whose "
+        f"white matter: {count} voxels of {what} were found, expected at least {_FEW}: give a brain-extracted scan whose "
         "T1w is brightest in white matter"
     )
 
