@@ -9,6 +9,7 @@ from simulated_run import lesions, write_run
 from xaiseg.analysis.reopened import Choice, choose, open_scans, predictor_of, reopen_model
 from xaiseg.analysis.run_tables import read_run
 from xaiseg.checkpoints import load_model
+from xaiseg.cli import main
 from xaiseg.errors import InputError
 from xaiseg.instances import label_components
 
@@ -95,3 +96,18 @@ def test_input_without_a_case_is_refused(finished, tmp_path):
     run = read_run(finished.out)
     with pytest.raises(InputError, match=r"short\.tsv: no case sub-02"):
         list(open_scans(run, range(len(run)), tmp_path / "short.tsv"))
+
+
+def test_patients_are_the_manifests(finished, tmp_path):
+    """Two scans of one patient whose names do not tell."""
+    lines = [line.split("\t") for line in finished.manifest.read_text().splitlines()]
+    folder = finished.manifest.parent
+    rows = [[*lines[0], "patient"], *([r[0], *(str(folder / c) for c in r[1:]), "the same"] for r in lines[1:])]
+    (tmp_path / "patients.tsv").write_text("".join("\t".join(row) + "\n" for row in rows))
+    options = ["--samples", "1", "--no-pictures", "--save-maps", "none", "--method", "gradient"]
+    command = ["explain", str(tmp_path / "patients.tsv"), str(tmp_path / "out"), "--model", str(finished.model)]
+    assert main([*command, *options]) == 0
+    run = read_run(tmp_path / "out")
+    assert set(run.lesions["patient"]) == {"the same"}
+    assert {row["patient"] for row in read_run(finished.out).cases} == {"01", "02"}
+    assert set(read_run(tmp_path / "out", {"sub-01": "other"}).lesions["patient"]) == {"the same", "other"}

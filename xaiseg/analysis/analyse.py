@@ -54,7 +54,7 @@ def analyse(
         out: the run's folder.
         missed: that of a run with `--instances reference`, of which the FN are taken.
         normal: that of a run with `--instances given` on regions from `true_negatives.write_true_negatives`; they are the TN.
-        patients: whose scan a case is, by case; the subject, where it is not said.
+        patients: whose scan a case is, by case; where it is not said, the run's own, of the manifest.
         resamples, seed: of the bootstrap over patients.
         say: called with the lines of a summary.
 

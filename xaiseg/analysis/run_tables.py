@@ -67,7 +67,7 @@ class Run:
 def read_run(out: str | Path, patients: Mapping[str, str] | None = None) -> Run:
     """Read a finished run.
 
-    patients: whose scan a case is, by case; the subject, where it is not said.
+    patients: whose scan a case is, by case; where it is not said, as `cases.tsv` has it, or else the subject.
 
     Raises InputError where a file of the run is missing or no such table, where cases or lesions are left to do, or none is
     explained.
@@ -91,6 +91,7 @@ def read_run(out: str | Path, patients: Mapping[str, str] | None = None) -> Run:
     whose = (
         {row["case"]: subjects.get(row["case"], Case(row["case"], {}).subject) for row in cases}
         | subjects
+        | {row["case"]: row["patient"] for row in cases if row.get("patient", NONE) != NONE}
         | dict(patients or {})
     )
     lesions = {

@@ -75,6 +75,7 @@ def segment_case(
     costs = {m.key: {i.label: m.cost(session.explained, shape, i) for i in instances} for m in session.methods}
     entry = {
         "entry": "segmented",
+        "patient": case.patient,
         "warnings": list(warnings),
         "inputs": inputs,
         "row": row,

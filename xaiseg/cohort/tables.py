@@ -33,6 +33,7 @@ TARGET_TEXTS = {
 }
 CASE_COLUMNS = {
     "case": "Case",
+    "patient": "Whose examination it is: the manifest's, else the subject",
     "status": "done, empty (nothing to explain), partial (some lesions failed), failed, or left (not finished yet)",
     "lesions": "Predicted instances",
     "explained": "Instances explained by every method",
@@ -68,7 +69,7 @@ def case_row(record: CaseRecord, methods: Sequence[str] | None) -> dict[str, Any
     if record.segmented is None or failed:
         row |= {"status": "failed" if failed else "left"}
     if record.segmented is not None:
-        row |= record.segmented["row"]
+        row |= {"patient": record.segmented.get("patient"), **record.segmented["row"]}
         if methods is not None:
             labels = record.lesions()
             row["explained"] = sum(all((m, label) in record.explained for m in methods) for label in labels)
