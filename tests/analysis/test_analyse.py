@@ -191,7 +191,7 @@ def test_runs_that_cannot_be_used(tmp_path, change, message):
 
 
 def test_runs_that_do_not_belong_together(copy, tmp_path):
-    with pytest.raises(InputError, match="explained given instances, expected reference"):
+    with pytest.raises(InputError, match="explained given instances, expected missed or reference"):
         quiet(copy / "main", missed=copy / "normal")
     rows = lesions(np.random.default_rng(0), 2, {"FN": 1.0})
     other = write_run(tmp_path / "other", rows, instances="reference", hashed="xyz")

@@ -114,6 +114,16 @@ def test_reference_lesions_are_explained(explain: Explain) -> None:
     assert not (mask[missed]).any()  # the mask stays the prediction
 
 
+def test_missed_lesions_alone_are_explained_as_among_all(explain: Explain) -> None:
+    every, out = explain("all", "--instances", "reference"), explain("out", "--instances", "missed")
+    assert column(out, "group") == ["FN"]
+    name = f"{CASE}_space-orig_desc-smoothgrad_lesion-001_saliency.nii.gz"
+    (found,), (same,) = out.rglob("*_saliency.nii.gz"), every.rglob(name)
+    assert found.name == name
+    both = [np.asarray(nib.load(path).dataobj) for path in (found, same)]
+    np.testing.assert_allclose(*both, rtol=1e-5, atol=1e-6)  # other lesions in a group: rows add up in another order
+
+
 def test_given_lesions_keep_their_labels(explain: Explain) -> None:
     out = explain("out", "--instances", "given")
     assert column(out, "lesion") == ["2", "7"]

@@ -52,7 +52,7 @@ def analyse(
 
     Args:
         out: the run's folder.
-        missed: that of a run with `--instances reference`, of which the FN are taken.
+        missed: that of a run with `--instances missed` or `reference`, of which the FN are taken.
         normal: that of a run with `--instances given` on regions from `true_negatives.write_true_negatives`; they are the TN.
         patients: whose scan a case is, by case; where it is not said, the run's own, of the manifest.
         resamples, seed: of the bootstrap over patients.
@@ -113,14 +113,14 @@ def _runs(
     notes: list[str],
 ) -> list[Run]:
     runs = [main]
-    for path, source, option in ((missed, "reference", "missed"), (normal, "given", "normal")):
+    for path, sources, option in ((missed, ("missed", "reference"), "missed"), (normal, ("given",), "normal")):
         if path is None:
             continue
         other = read_run(path, patients)
-        if other.identity.get("instances") != source:
+        if other.identity.get("instances") not in sources:
             raise InputError(
-                f"{other.root}: explained {other.identity.get('instances')} instances, expected {source}: "
-                f"give as {option!r} a run with --instances {source}"
+                f"{other.root}: explained {other.identity.get('instances')} instances, expected {' or '.join(sources)}: "
+                f"give as {option!r} a run with --instances {sources[0]}"
             )
         check_alike(main, other)
         found = other.lesions["group"]

@@ -16,7 +16,7 @@ def add(commands: Any) -> None:
     )
     analyse.add_argument("output", type=Path, metavar="OUT", help="folder of a finished `xaiseg explain`")
     analyse.add_argument(
-        "--missed", type=Path, metavar="RUN", help="a run with --instances reference, whose FN join the groups"
+        "--missed", type=Path, metavar="RUN", help="a run with --instances missed (or reference), whose FN join the groups"
     )
     analyse.add_argument(
         "--normal", type=Path, metavar="RUN", help="a run on the regions of `xaiseg true-negatives`, which are the TN"

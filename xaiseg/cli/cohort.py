@@ -53,9 +53,9 @@ def add(commands: Any) -> None:
     )
     explain.add_argument(
         "--instances",
-        choices=("predicted", "reference", "given"),
+        choices=("predicted", "reference", "missed", "given"),
         default="predicted",
-        help="what to explain: predicted lesions, those of the reference mask, or of the manifest's label map (%(default)s)",
+        help="what to explain: predicted lesions, the reference mask's, its missed ones (FN), or the manifest's label map (%(default)s)",
     )
     explain.add_argument(
         "--lesions", type=options.numbers, metavar="3,7", help="only these labels, whatever their size"

@@ -310,8 +310,8 @@ def _unfit(case: Case, channels: Sequence[str], request: Request) -> str | None:
     """Why a case cannot be used, as far as headers tell."""
     if len(case.name) > _LONGEST:
         return f"{_shortened(case.name)}: a name of {len(case.name)} characters; expected at most {_LONGEST}: rename the case"
-    if request.instances == "reference" and case.reference is None:
-        return f"{case.name}: has no reference mask, which --instances reference needs; add it, or select others by --cases"
+    if request.instances in ("reference", "missed") and case.reference is None:
+        return f"{case.name}: has no reference mask, which --instances {request.instances} needs; add it, or select by --cases"
     if request.instances == "given" and case.instances is None:
         return f"{case.name}: has no label map, which --instances given needs; add a column 'instances' to the manifest"
     found = problems(case, channels, request.resample)

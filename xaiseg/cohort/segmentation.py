@@ -15,7 +15,7 @@ from xaiseg.instances import Matching, instances_of, label_components, match_ins
 from xaiseg.metrics import dice, normalised_dice
 from xaiseg.models import ModelSpec
 
-SOURCES = ("predicted", "reference", "given")
+SOURCES = ("predicted", "reference", "missed", "given")
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,15 +67,18 @@ def segment_scan(
 def target_of(source: str, segmentation: Segmentation, scan: Scan, case: Case) -> Target:
     """The label map to explain and each instance's group: TP, FP or FN with a reference, else `unlabelled`.
 
-    `predicted`: the predicted instances. `reference`: the components of the reference mask. `given`: the manifest's label map.
+    `predicted`: the predicted instances. `reference`: the components of the reference mask. `missed`: those of them that the
+    prediction does not touch, with the same labels. `given`: the manifest's label map.
     Raises InputError where the case lacks what `source` asks for.
     """
-    if source == "reference":
+    if source in ("reference", "missed"):
         if segmentation.reference is None or segmentation.matching is None:
             raise InputError(
                 f"{case.name}: has no reference mask; add a column 'reference', or use --instances predicted"
             )
         labels, matches = segmentation.reference, segmentation.matching.reference
+        if source == "missed":
+            labels = np.where(np.isin(labels, [n for n, match in matches.items() if match.group == "FN"]), labels, 0)
     elif source == "given":
         if case.instances is None:
             raise InputError(f"{case.name}: has no label map; add a column 'instances', or use --instances predicted")

@@ -23,7 +23,7 @@ class Request:
 
     input: a BIDS folder or a manifest. output: the folder to write. cases: only these names. participants, sessions: only these
     BIDS labels. shard: `(i, n)`, the i-th of n parts of the cases, from 1. index: "pybids" finds cases with pybids.
-    instances: "predicted", "reference" or "given". lesions: only these labels. min_voxels: of an instance.
+    instances: in `segmentation.SOURCES`. lesions: only these labels. min_voxels: of an instance.
     resample: other channels onto the first channel's grid. whole_volume: predict, and explain, each volume in one piece.
     save_maps: "crop" around the lesion, "full" grid of the scan, or "none". map_dtype: "float16" keeps its bits of each value.
     pictures: one of each lesion, and of how its peak settled. level: "participant" leaves the tables of the cohort to "group",
