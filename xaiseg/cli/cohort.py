@@ -55,7 +55,7 @@ def add(commands: Any) -> None:
         "--instances",
         choices=("predicted", "reference", "missed", "given"),
         default="predicted",
-        help="what to explain: predicted lesions, the reference mask's, its missed ones (FN), or the manifest's label map (%(default)s)",
+        help="predicted lesions, the reference mask's, its missed ones (FN), or the manifest's label map (%(default)s)",
     )
     explain.add_argument(
         "--lesions", type=options.numbers, metavar="3,7", help="only these labels, whatever their size"
