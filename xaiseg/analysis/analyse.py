@@ -13,6 +13,7 @@ from nibabel.filebasedimages import ImageFileError
 
 from xaiseg.analysis import errors, groups, modality, profiles
 from xaiseg.analysis.clustered import has_mixed_models
+from xaiseg.analysis.radiomics import check_mirp, radiomic_features
 from xaiseg.analysis.run_tables import GROUPS, MapKind, Run, check_alike, pooled, present, read_run
 from xaiseg.cohort.output import Files
 from xaiseg.cohort.stages import INSTANCES
@@ -41,6 +42,8 @@ def analyse(
     missed: str | Path | None = None,
     normal: str | Path | None = None,
     patients: Mapping[str, str] | None = None,
+    radiomics: bool = False,
+    source: str | Path | None = None,
     resamples: int = 2000,
     seed: int = 0,
     say: Callable[[str], Any] = print,
@@ -55,6 +58,8 @@ def analyse(
         missed: that of a run with `--instances missed` or `reference`, of which the FN are taken.
         normal: that of a run with `--instances given` on regions from `true_negatives.write_true_negatives`; they are the TN.
         patients: whose scan a case is, by case; where it is not said, the run's own, of the manifest.
+        radiomics: judge errors by radiomic features as well, alone and with saliency, which needs the scans: see
+            `radiomics.radiomic_features`. source: the run's input, where it was moved.
         resamples, seed: of the bootstrap over patients.
         say: called with the lines of a summary.
 
@@ -65,6 +70,8 @@ def analyse(
         InputError: a run is unfinished, without lesions, or no run of `explain`; the runs are not of one model and settings; the
             folder cannot be written.
     """
+    if radiomics:
+        check_mirp()
     if resamples < 1:
         raise InputError(f"resamples is {resamples}, expected a positive number, such as 2000")
     started = time.time()
@@ -79,7 +86,7 @@ def analyse(
         "modality_lesions": list(modality.lesion_ratios(lesions, main.methods)),
     }
     tables["profiles"] = list(_profiles(runs, lesions, resamples, seed, notes))
-    tables["error_detection"], tables["error_scores"] = _detect(main, resamples, seed, notes)
+    tables["error_detection"], tables["error_scores"] = _detect(main, radiomics, source, resamples, seed, notes)
     notes += _notes(lesions, main, tables)
     files = Files(Path(out) / FOLDER)
     written = _write(files, tables, main, lesions)
@@ -186,7 +193,9 @@ def _read_map(path: Path) -> tuple[np.ndarray, Grid]:
     return (values[..., None] if values.ndim == 3 else values), Grid(values.shape[:3], image.affine)
 
 
-def _detect(run: Run, resamples: int, seed: int, notes: list[str]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def _detect(
+    run: Run, radiomics: bool, source: str | Path | None, resamples: int, seed: int, notes: list[str]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The rows of error detection, of the predicted lesions; none, with a note, where it cannot be done."""
     if run.identity.get("instances") != "predicted":
         notes.append(
@@ -195,6 +204,7 @@ def _detect(run: Run, resamples: int, seed: int, notes: list[str]) -> tuple[list
         return [], []
     judged = run.chosen(np.isin(run.lesions["group"], ("TP", "FP")))
     lesions = judged.lesions
+    beside = radiomic_features(judged, source) if radiomics and len(judged) else None
     true = lesions["group"] == "TP"
     names = sorted({row["patient"] for row in run.cases} | set(lesions["patient"].tolist()))
     place = np.searchsorted(names, lesions["patient"]) if len(judged) else np.zeros(0, int)
@@ -210,6 +220,15 @@ def _detect(run: Run, resamples: int, seed: int, notes: list[str]) -> tuple[list
     try:
         features = errors.saliency_features(lesions, run.methods)
         rows, found = errors.detect_errors(features, true, place, others, resamples, seed)
+        if beside is not None:
+            both = np.concatenate([features.values, beside.values], 1)
+            for what, used in (
+                ("radiomics", errors.Features(beside.values, beside.names, ())),
+                ("both", errors.Features(both, (*features.names, *beside.names), ())),
+            ):
+                more, scored = errors.detect_errors(used, true, place, others, resamples, seed)
+                rows += [row | {"model": f"{row['model']}, {what}"} for row in more]
+                found |= {f"{model}, {what}": detection for model, detection in scored.items()}
     except InputError as error:
         notes.append(f"no {error}")
         return [], []

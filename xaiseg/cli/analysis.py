@@ -16,11 +16,18 @@ def add(commands: Any) -> None:
     )
     analyse.add_argument("output", type=Path, metavar="OUT", help="folder of a finished `xaiseg explain`")
     analyse.add_argument(
-        "--missed", type=Path, metavar="RUN", help="a run with --instances missed (or reference), whose FN join the groups"
+        "--missed",
+        type=Path,
+        metavar="RUN",
+        help="a run with --instances missed (or reference), whose FN join the groups",
     )
     analyse.add_argument(
         "--normal", type=Path, metavar="RUN", help="a run on the regions of `xaiseg true-negatives`, which are the TN"
     )
+    analyse.add_argument(
+        "--radiomics", action="store_true", help="find wrong detections by radiomic features, too (xaiseg[radiomics])"
+    )
+    analyse.add_argument("--source", type=Path, metavar="INPUT", help="the run's input for that, if it was moved")
     analyse.add_argument(
         "--resamples", type=options.positive, default=2000, help="of patients, for intervals (%(default)s)"
     )
@@ -53,6 +60,8 @@ def _analyse(arguments: argparse.Namespace) -> int:
         arguments.output,
         missed=arguments.missed,
         normal=arguments.normal,
+        radiomics=arguments.radiomics,
+        source=arguments.source,
         resamples=arguments.resamples,
         seed=arguments.seed,
     )

@@ -163,12 +163,13 @@ def error_figure(
     """Write a PNG of ROC and precision-recall curves of TP against FP, and of PPV and F1 before and after rejection.
 
     Args:
-        rows: of `error_detection.tsv`; the models are drawn, and of the single features the four of largest AUROC.
+        rows: of `error_detection.tsv`; the models are drawn, and single features of the largest AUROC, six in all.
         scores: of `error_scores.tsv`.
         path: PNG to write, through a temporary name.
     """
     single = sorted((r for r in rows if r["features"] == 1), key=lambda r: -r["auroc"])
-    shown = [row for row in rows if row["features"] > 1] + single[:4]
+    models = [row for row in rows if row["features"] > 1]
+    shown = models + single[: max(0, 6 - len(models))]
     size, top = 440, 200
     fig = new_page(_WIDTH, top + size + 96, "white")
     write(fig, 40, 58, "True or false lesion?", 30, _INK, weight="bold")
