@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from xaiseg.analysis.profiles import bin_edges, mean_profiles, radial_profile, sign_of_profile
+from xaiseg.analysis.saved_maps import SavedMap
 from xaiseg.imaging import Grid
 
 # Powers of two, so that distances on the grid are exact.
@@ -59,7 +60,7 @@ def test_profile_is_that_of_a_loop(affine, centre):
     whole[1:10, 0:15, 1:7] = crop
     edges = bin_edges(3, 5, 1)
     means, counts = by_loop(whole, labels == 3, edges)
-    found = radial_profile(crop, grid.crop(start, crop.shape), labels, grid, 3, edges)
+    found = radial_profile(SavedMap(crop, grid.crop(start, crop.shape), labels, grid, 3), edges)
     assert found.voxels.tolist() == counts
     np.testing.assert_allclose(found.mean, means, atol=1e-12)
 
@@ -70,7 +71,7 @@ def test_ball_of_known_sign():
     mask = lesion(shape, (12, 24, 6), 4.0)
     values = np.where(mask, 2.0, -1.0)[..., None]
     grid = Grid(shape, np.diag([*SPACING, 1]))
-    found = radial_profile(values, grid, mask.astype(int), grid, 1, bin_edges(4, 6, 0.5))
+    found = radial_profile(SavedMap(values, grid, mask.astype(int), grid, 1), bin_edges(4, 6, 0.5))
     zero = 8
     assert (found.mean[:zero][found.voxels[:zero] > 0] == 2).all()
     assert (found.mean[zero:][found.voxels[zero:] > 0] == -1).all()
@@ -87,11 +88,11 @@ def test_map_on_a_finer_grid_takes_the_nearest_label():
     fine = Grid((20, 20, 8), halved)
     rng = np.random.default_rng(1)
     values = rng.standard_normal((20, 20, 8, 1))
-    found = radial_profile(values, fine, mask, coarse, 1, bin_edges(4, 4, 1))
-    same = radial_profile(values, fine, np.repeat(mask, 2, 0), fine, 1, bin_edges(4, 4, 1))
+    found = radial_profile(SavedMap(values, fine, mask, coarse, 1), bin_edges(4, 4, 1))
+    same = radial_profile(SavedMap(values, fine, np.repeat(mask, 2, 0), fine, 1), bin_edges(4, 4, 1))
     assert found.voxels.tolist() == same.voxels.tolist()
     np.testing.assert_allclose(found.mean, same.mean, atol=1e-12)
-    assert radial_profile(values, fine, mask, coarse, 2, bin_edges(4, 4, 1)) is None
+    assert radial_profile(SavedMap(values, fine, mask, coarse, 2), bin_edges(4, 4, 1)) is None
 
 
 def test_rounded_headers_move_no_voxel_to_another_bin():
@@ -100,7 +101,8 @@ def test_rounded_headers_move_no_voxel_to_another_bin():
     values = np.random.default_rng(2).standard_normal((9, 9, 9, 1))
     exact, rounded = (Grid(shape, np.diag([s, s, s, 1])) for s in (1.0, float(np.float32(1) - np.float32(6e-8))))
     found = [
-        radial_profile(values, grid, mask, grid, 1, bin_edges(2, 4, 1)).voxels.tolist() for grid in (exact, rounded)
+        radial_profile(SavedMap(values, grid, mask, grid, 1), bin_edges(2, 4, 1)).voxels.tolist()
+        for grid in (exact, rounded)
     ]
     assert found[0] == found[1]
     assert found[0][2] == 6  # the six neighbours through faces are 1 mm away

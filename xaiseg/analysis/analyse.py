@@ -1,25 +1,21 @@
 """Everything that a finished run tells about its lesions together: read, compare, write tables and pictures."""
 
 import time
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
-from nibabel.filebasedimages import ImageFileError
 
 from xaiseg.analysis import errors, groups, modality, profiles
 from xaiseg.analysis.clustered import has_mixed_models
-from xaiseg.analysis.radiomics import check_mirp, radiomic_features
+from xaiseg.analysis.radiomics import SOURCES, Radiomics, check_mirp, map_radiomics, scan_radiomics
 from xaiseg.analysis.run_tables import GROUPS, MapKind, Run, check_alike, pooled, present, read_run
+from xaiseg.analysis.saved_maps import saved_maps
 from xaiseg.cohort.output import Files
-from xaiseg.cohort.stages import INSTANCES
 from xaiseg.cohort.tables import versions
 from xaiseg.errors import InputError
-from xaiseg.imaging import Grid, check_header, nifti
 from xaiseg.imaging.manifest import NONE
 from xaiseg.report.groups import error_figure, group_figure, profile_figure
 
@@ -42,7 +38,7 @@ def analyse(
     missed: str | Path | None = None,
     normal: str | Path | None = None,
     patients: Mapping[str, str] | None = None,
-    radiomics: bool = False,
+    radiomics: Sequence[str] = (),
     source: str | Path | None = None,
     resamples: int = 2000,
     seed: int = 0,
@@ -58,8 +54,8 @@ def analyse(
         missed: that of a run with `--instances missed` or `reference`, of which the FN are taken.
         normal: that of a run with `--instances given` on regions from `true_negatives.write_true_negatives`; they are the TN.
         patients: whose scan a case is, by case; where it is not said, the run's own, of the manifest.
-        radiomics: judge errors by radiomic features as well, alone and with saliency, which needs the scans: see
-            `radiomics.radiomic_features`. source: the run's input, where it was moved.
+        radiomics: judge errors by radiomic features as well, of the "maps", of the "scans", and of all: see `radiomics`.
+        source: the run's input, where it was moved.
         resamples, seed: of the bootstrap over patients.
         say: called with the lines of a summary.
 
@@ -70,6 +66,8 @@ def analyse(
         InputError: a run is unfinished, without lesions, or no run of `explain`; the runs are not of one model and settings; the
             folder cannot be written.
     """
+    if unknown := set(radiomics) - set(SOURCES):
+        raise InputError(f"radiomics of {', '.join(sorted(unknown))}: known are {', '.join(SOURCES)}")
     if radiomics:
         check_mirp()
     if resamples < 1:
@@ -165,36 +163,14 @@ def _profiles(
 
 
 def _profiles_of(run: Run, method: MapKind, edges: np.ndarray, flaws: list[str]) -> Iterator[np.ndarray | None]:
-    """The profile of each lesion of a run, in order; None where there is none. Lesions of a case are neighbours in the table."""
-    at: Path | None = None
-    for n, number in enumerate(run.lesions["lesion"].astype(int).tolist()):
-        path = run.file(n, f"space-orig_desc-{method.key}_lesion-{number:03d}_saliency.nii.gz")
-        profile = None
-        if path.is_file():
-            try:
-                if at != (now := run.file(n, INSTANCES)):
-                    grid, labels, at = check_header(now), nifti.read_labels(now), now
-                profile = profiles.radial_profile(*_read_map(path), labels, grid, number, edges)
-            except InputError as error:
-                flaws.append(str(error))
+    """The profile of each lesion of a run, in order; None where there is none."""
+    for found in saved_maps(run, method, flaws):
+        profile = None if found is None else profiles.radial_profile(found, edges)
         yield None if profile is None else profile.mean
 
 
-def _read_map(path: Path) -> tuple[np.ndarray, Grid]:
-    """A map `(x, y, z, C)` with its grid. Raises InputError for a file that cannot be read, and values that are not finite."""
-    try:
-        image = nib.load(path)
-        values = np.asarray(image.dataobj, np.float64)
-    except (OSError, EOFError, ValueError, zlib.error, ImageFileError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); expected a map: explain this lesion again") from error
-    if bad := int((~np.isfinite(values)).sum()):
-        raise InputError(f"{path}: {bad} values are not finite, expected finite ones: explain this lesion again")
-    # one channel may have been stored without an axis of its own
-    return (values[..., None] if values.ndim == 3 else values), Grid(values.shape[:3], image.affine)
-
-
 def _detect(
-    run: Run, radiomics: bool, source: str | Path | None, resamples: int, seed: int, notes: list[str]
+    run: Run, radiomics: Sequence[str], source: str | Path | None, resamples: int, seed: int, notes: list[str]
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The rows of error detection, of the predicted lesions; none, with a note, where it cannot be done."""
     if run.identity.get("instances") != "predicted":
@@ -204,7 +180,11 @@ def _detect(
         return [], []
     judged = run.chosen(np.isin(run.lesions["group"], ("TP", "FP")))
     lesions = judged.lesions
-    beside = radiomic_features(judged, source) if radiomics and len(judged) else None
+    beside: dict[str, Radiomics] = {}
+    if len(judged) and "maps" in radiomics:
+        beside["maps"] = map_radiomics(judged, notes)
+    if len(judged) and "scans" in radiomics:
+        beside["scans"] = scan_radiomics(judged, source)
     true = lesions["group"] == "TP"
     names = sorted({row["patient"] for row in run.cases} | set(lesions["patient"].tolist()))
     place = np.searchsorted(names, lesions["patient"]) if len(judged) else np.zeros(0, int)
@@ -220,15 +200,15 @@ def _detect(
     try:
         features = errors.saliency_features(lesions, run.methods)
         rows, found = errors.detect_errors(features, true, place, others, resamples, seed)
-        if beside is not None:
-            both = np.concatenate([features.values, beside.values], 1)
-            for what, used in (
-                ("radiomics", errors.Features(beside.values, beside.names, ())),
-                ("both", errors.Features(both, (*features.names, *beside.names), ())),
-            ):
-                more, scored = errors.detect_errors(used, true, place, others, resamples, seed)
+        if beside:
+            together = [(features.values, features.names), *beside.values()]
+            values = np.concatenate([one[0] for one in together], 1)
+            beside["all"] = Radiomics(values, tuple(name for one in together for name in one[1]))
+            for what, used in beside.items():
+                alike = errors.Features(*used, ())
+                more, judgements = errors.detect_errors(alike, true, place, others, resamples, seed)
                 rows += [row | {"model": f"{row['model']}, {what}"} for row in more]
-                found |= {f"{model}, {what}": detection for model, detection in scored.items()}
+                found |= {f"{model}, {what}": detection for model, detection in judgements.items()}
     except InputError as error:
         notes.append(f"no {error}")
         return [], []

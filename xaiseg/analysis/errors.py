@@ -17,8 +17,8 @@ from xaiseg.metrics.voxels import ratio
 FOLDS = 5
 _INNER = 4
 ERROR_COLUMNS = {
-    "model": "logistic: logistic regression, boosting: gradient boosted trees, of all features of saliency, of radiomic features "
-    "(radiomics), or of both; else one feature, as it is",
+    "model": "logistic: logistic regression, boosting: gradient boosted trees, of the figures in lesions.tsv, of radiomic "
+    "features of the maps or of the scans, or of all of these; else one feature, as it is",
     "features": "Number of features",
     "n_tp": "TP lesions that were scored",
     "n_fp": "FP lesions that were scored",

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import ndimage
 
-from xaiseg.imaging import Grid
+from xaiseg.analysis.saved_maps import SavedMap, around
 from xaiseg.metrics.bootstrap import bootstrap_interval, resample_weights, sum_by_patient
 from xaiseg.metrics.voxels import ratio
 
@@ -43,45 +43,24 @@ def bin_edges(inside: float = INSIDE_MM, outside: float = OUTSIDE_MM, step: floa
     return step * np.arange(-round(inside / step), round(outside / step) + 1)
 
 
-def radial_profile(
-    values: np.ndarray, map_grid: Grid, labels: np.ndarray, label_grid: Grid, label: int, edges: np.ndarray
-) -> Profile | None:
+def radial_profile(found: SavedMap, edges: np.ndarray) -> Profile | None:
     """Mean saliency against the signed distance in mm from the border of a lesion; None for a lesion without a voxel on the map's
     grid.
 
     Distances are between voxel centres, on the grid of the map, whatever its spacing: outside to the nearest voxel of the lesion,
     inside minus that to the nearest voxel that is not of it. Voxels outside of the label map do not count, other lesions do.
 
-    Args:
-        values: `(x, y, z, C)`, a map cropped to where it is not zero, and `map_grid`, that of the crop.
-        labels: `(X, Y, Z)` on `label_grid`: the lesion is where it is `label`. On another grid than the map's, the map's voxels
-            take the nearest label.
-        edges: of the bins in mm, ascending, from `bin_edges`. Bins outside are `(from, to]`, inside `[from, to)`.
+    edges: of the bins in mm, ascending, from `bin_edges`. Bins outside are `(from, to]`, inside `[from, to)`.
     """
-    places = indices_on(np.argwhere(labels == label), label_grid, map_grid)
-    if not len(places):
+    reach = np.ceil(edges[-1] / np.array(found.grid.spacing)).astype(int) + 1
+    box = around(found, reach)
+    if box is None or not (box.known & ~box.mask).any():
         return None
-    reach = np.ceil(edges[-1] / np.array(map_grid.spacing)).astype(int) + 1
-    low, high = np.floor(places.min(0)).astype(int) - reach, np.ceil(places.max(0)).astype(int) + reach + 1
-    shape = tuple((high - low).tolist())
-    index = np.rint(indices_on(np.indices(shape).reshape(3, -1).T + low, map_grid, label_grid)).astype(int)
-    within = ((index >= 0) & (index < labels.shape)).all(1)
-    lesion = np.zeros(len(index), bool)
-    lesion[within] = labels[tuple(index[within].T)] == label
-    mask = lesion.reshape(shape)
-    known = within.reshape(shape)
-    if not mask.any() or not (known & ~mask).any():
-        return None
-    box = np.zeros((*shape, values.shape[-1]))
-    first, last = np.maximum(low, 0), np.minimum(high, values.shape[:3])
-    if (first < last).all():
-        inner = tuple(slice(a, b) for a, b in zip(first - low, last - low, strict=True))
-        box[inner] = values[tuple(slice(a, b) for a, b in zip(first, last, strict=True))]
-    bins = _bins(signed_distance(mask, known, map_grid.spacing).ravel(), edges)
-    counted = within & (bins >= 0)
+    bins = _bins(signed_distance(box.mask, box.known, found.grid.spacing).ravel(), edges)
+    counted = box.known.ravel() & (bins >= 0)
     count = len(edges) - 1
     voxels = np.bincount(bins[counted], minlength=count)
-    flat = box.reshape(len(index), -1)[counted]
+    flat = box.values.reshape(-1, box.values.shape[-1])[counted]
     sums = np.stack([np.bincount(bins[counted], channel, minlength=count) for channel in flat.T], -1)
     return Profile(ratio(sums, voxels[:, None]), voxels)
 
@@ -91,12 +70,6 @@ def signed_distance(mask: np.ndarray, known: np.ndarray, spacing: Sequence[float
     that is not of it. A lesion that the scan's field of view cuts has no border there."""
     outside = ndimage.distance_transform_edt(~mask, sampling=spacing)
     return np.where(mask, -ndimage.distance_transform_edt(mask | ~known, sampling=spacing), outside)
-
-
-def indices_on(voxels: np.ndarray, source: Grid, target: Grid) -> np.ndarray:
-    """Voxel indices `(n, 3)` of one grid as (fractional) indices of another, through world coordinates."""
-    across = np.linalg.inv(target.affine) @ source.affine
-    return voxels @ across[:3, :3].T + across[:3, 3]
 
 
 def mean_profiles(

@@ -25,7 +25,11 @@ def add(commands: Any) -> None:
         "--normal", type=Path, metavar="RUN", help="a run on the regions of `xaiseg true-negatives`, which are the TN"
     )
     analyse.add_argument(
-        "--radiomics", action="store_true", help="find wrong detections by radiomic features, too (xaiseg[radiomics])"
+        "--radiomics",
+        nargs="+",
+        choices=("maps", "scans"),
+        default=(),
+        help="find wrong detections by radiomic features of these, too (xaiseg[radiomics])",
     )
     analyse.add_argument("--source", type=Path, metavar="INPUT", help="the run's input for that, if it was moved")
     analyse.add_argument(
