@@ -237,6 +237,8 @@ def test_true_negatives_of_a_cohort_become_a_manifest(tmp_path):
     again = write_true_negatives(run, tmp_path / "again", source, distance_mm=4.0, seed=3)
     for path in (tmp_path / "tn").glob("*.nii.gz"):
         assert path.read_bytes() == (again.parent / path.name).read_bytes()
+    few = write_true_negatives(run, tmp_path / "few", distance_mm=4.0, most=1, seed=3)
+    assert {nifti.read_labels(case.instances).max() for case in read_manifest(few, ("FLAIR", "T1w"))} == {1}
     with pytest.raises(InputError, match="its channels are FLAIR, T1w, expected T2w"):
         write_true_negatives(run, tmp_path / "no", t1w="T2w")
     with pytest.raises(InputError, match="no scan has normal-appearing tissue"):

@@ -126,6 +126,7 @@ def write_true_negatives(
     source: str | Path | None = None,
     t1w: str = "T1w",
     distance_mm: float = DISTANCE_MM,
+    most: int | None = None,
     seed: int = 0,
 ) -> Path:
     """Sample TN regions for every scan of a run and write label maps and a manifest, whose path is returned.
@@ -137,7 +138,7 @@ def write_true_negatives(
 
     Args:
         folder: to write to. source: the run's manifest or BIDS folder, where it is no longer where it was.
-        t1w: the channel in which white matter is brightest.
+        t1w: the channel in which white matter is brightest. most: regions in a scan, of lesions drawn at random.
 
     Raises InputError where the input cannot be read, has no channel `t1w`, or no region is found in any scan.
     """
@@ -163,6 +164,8 @@ def write_true_negatives(
         wanted = run.lesions["lesion"][run.lesions["case"] == name].astype(int)
         rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
         tissue = normal_white_matter(scan.image, lesions, channels.index(t1w))
+        if most is not None and most < len(wanted):
+            wanted = rng.choice(wanted, most, replace=False)
         like = instances_of(explained, sorted(wanted.tolist()))
         regions = sample_true_negatives(lesions, tissue, scan.stored_grid.spacing, rng, like, distance_mm)
         if regions:

@@ -54,6 +54,9 @@ def add(commands: Any) -> None:
     regions.add_argument(
         "--distance", type=options.not_negative, default=5.0, metavar="MM", help="from any lesion (%(default)s)"
     )
+    regions.add_argument(
+        "--most", type=options.positive, metavar="N", help="regions in a scan, shaped like N of its lesions (all)"
+    )
     regions.add_argument("--seed", type=options.seed, default=0, help="of the places (%(default)s)")
 
 
@@ -82,6 +85,7 @@ def _true_negatives(arguments: argparse.Namespace) -> int:
         arguments.source,
         t1w=arguments.t1w,
         distance_mm=arguments.distance,
+        most=arguments.most,
         seed=arguments.seed,
     )
     print(f"{manifest}: explain it with the run's own options and --instances given")
