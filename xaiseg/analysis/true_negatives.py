@@ -29,6 +29,7 @@ DISTANCE_MM = 5.0
 _SPREADS, _MAJORITY = 2.0, 0.7
 _ALIKE = 1e-3  # mm; axes of one spacing may be exchanged
 _BLOCK = 2_000_000  # voxels looked up at once
+_PROBES = 64  # voxels of a shape that are tried before all of them
 
 
 def normal_white_matter(
@@ -193,22 +194,31 @@ def _poses(spacing: Sequence[float]) -> list[tuple[list[int], np.ndarray]]:
 
 def _place(shape: np.ndarray, free: np.ndarray, rng: np.random.Generator) -> np.ndarray | None:
     """The voxels of a shape `(n, 3)`, moved to a place drawn evenly among all where each is free; None where there is none."""
-    first = shape[0]
     candidates = rng.permutation(np.flatnonzero(free))  # for the first voxel of the shape
-    # few are looked at first: where tissue is plenty one of them will do
-    low, step = 0, 64
-    most = max(64, _BLOCK // len(shape))
+    offsets = shape - shape[0]
+    # a few voxels tell of most places that the shape does not fit
+    few = offsets[np.unique(np.linspace(0, len(shape) - 1, _PROBES).astype(int))]
+    low, step = 0, 64  # few places are looked at first: where tissue is plenty one of them will do
     while low < len(candidates):
         anchors = np.stack(np.unravel_index(candidates[low : low + step], free.shape), -1)
-        voxels = anchors[:, None] + (shape - first)
-        held = ((voxels >= 0) & (voxels < free.shape)).all((1, 2))
-        fits = held.copy()
-        fits[held] = free[tuple(np.moveaxis(voxels[held], -1, 0))].all(1)
-        if fits.any():
-            chosen = voxels[np.flatnonzero(fits)[0]]
-            return chosen[np.lexsort(chosen.T[::-1])].astype(np.int32)
-        low, step = low + step, min(4 * step, most)
+        anchors = anchors[_fits(anchors, few, free)]
+        block = max(1, _BLOCK // len(shape))
+        for start in range(0, len(anchors), block):
+            some = anchors[start : start + block]
+            if (fits := _fits(some, offsets, free)).any():
+                chosen = some[np.flatnonzero(fits)[0]] + offsets
+                return chosen[np.lexsort(chosen.T[::-1])].astype(np.int32)
+        low, step = low + step, min(4 * step, _BLOCK // len(few))
     return None
+
+
+def _fits(anchors: np.ndarray, offsets: np.ndarray, free: np.ndarray) -> np.ndarray:
+    """Bool `(m,)`: whether all voxels at these offsets from each anchor `(m, 3)` are in the volume, and free."""
+    inside = ((anchors + offsets.min(0) >= 0) & (anchors + offsets.max(0) < free.shape)).all(1)
+    fits = inside.copy()
+    voxels = anchors[inside][:, None] + offsets
+    fits[inside] = free[tuple(np.moveaxis(voxels, -1, 0))].all(1)
+    return fits
 
 
 def _take(free: np.ndarray, voxels: np.ndarray, spacing: Sequence[float], distance_mm: float) -> None:
