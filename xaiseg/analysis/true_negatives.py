@@ -196,19 +196,21 @@ def _place(shape: np.ndarray, free: np.ndarray, rng: np.random.Generator) -> np.
     """The voxels of a shape `(n, 3)`, moved to a place drawn evenly among all where each is free; None where there is none."""
     candidates = rng.permutation(np.flatnonzero(free))  # for the first voxel of the shape
     offsets = shape - shape[0]
-    # a few voxels tell of most places that the shape does not fit
+    # a few voxels, its corners first, tell of most places that the shape does not fit
+    corners = offsets[np.concatenate([offsets.argmin(0), offsets.argmax(0)])]
     few = offsets[np.unique(np.linspace(0, len(shape) - 1, _PROBES).astype(int))]
     low, step = 0, 64  # few places are looked at first: where tissue is plenty one of them will do
     while low < len(candidates):
         anchors = np.stack(np.unravel_index(candidates[low : low + step], free.shape), -1)
-        anchors = anchors[_fits(anchors, few, free)]
+        for some in (corners, few):
+            anchors = anchors[_fits(anchors, some, free)]
         block = max(1, _BLOCK // len(shape))
         for start in range(0, len(anchors), block):
-            some = anchors[start : start + block]
-            if (fits := _fits(some, offsets, free)).any():
-                chosen = some[np.flatnonzero(fits)[0]] + offsets
+            last = anchors[start : start + block]
+            if (fits := _fits(last, offsets, free)).any():
+                chosen = last[np.flatnonzero(fits)[0]] + offsets
                 return chosen[np.lexsort(chosen.T[::-1])].astype(np.int32)
-        low, step = low + step, min(4 * step, _BLOCK // len(few))
+        low, step = low + step, min(4 * step, _BLOCK // len(corners))
     return None
 
 
