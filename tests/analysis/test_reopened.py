@@ -111,3 +111,13 @@ def test_patients_are_the_manifests(finished, tmp_path):
     assert set(run.lesions["patient"]) == {"the same"}
     assert {row["patient"] for row in read_run(finished.out).cases} == {"01", "02"}
     assert set(read_run(tmp_path / "out", {"sub-01": "other"}).lesions["patient"]) == {"the same", "other"}
+
+
+def test_a_scan_without_lesions_can_be_opened(finished):
+    """It has no row in the table of lesions."""
+    run = read_run(finished.out)
+    run = run.chosen(run.lesions["case"] == "sub-01")
+    (opened,) = open_scans(run, [], cases=["sub-02"])
+    assert opened.case.name == "sub-02"
+    assert opened.instances == []
+    assert opened.labels.max() > 0

@@ -99,8 +99,8 @@ def context(
         run.root,
         "context",
         {
-            "context": (LESION_COLUMNS | CONTEXT_COLUMNS, _named(rows)),
-            "context_summary": (SUMMARY_COLUMNS, _named(summary)),
+            "context": (LESION_COLUMNS | CONTEXT_COLUMNS, rows),
+            "context_summary": (SUMMARY_COLUMNS, summary),
         },
         settings={
             "lesions": choice._asdict() | {"volume_mm3": [v if math.isfinite(v) else None for v in choice.volume_mm3]},
@@ -118,11 +118,6 @@ def context(
         say(line)
     say(f"{passes} passes through a window; written to {run.root / 'analysis'}: {', '.join(written)}")
     return summary
-
-
-def _named(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows with infinite numbers as texts: a table says n/a for those, which here is something else."""
-    return [{k: "inf" if isinstance(v, float) and v == math.inf else v for k, v in row.items()} for row in rows]
 
 
 def _notes(curves: Sequence[ContextCurve], patients: Sequence[str]) -> list[str]:

@@ -79,7 +79,7 @@ def counterfactual_rows(
             row |= {f"{moment}_mean_logit": float(logit), f"{moment}_detected": int(detected)}
         rows.append(row)
     if explain is not None and key is not None:
-        maps = [explain(key, predictor, jnp.asarray(one), lesions)[0] for one in (image, filled)]
+        maps = [explain(key, predictor, jnp.asarray(one), lesions, progress=progress)[0] for one in (image, filled)]
         for row, lesion, *pair in zip(rows, lesions, *maps, strict=True):
             for moment, found_map in zip(MOMENTS, pair, strict=True):
                 row |= map_figures(found_map, lesion, channels, f"{moment}_saliency")

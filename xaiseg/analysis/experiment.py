@@ -1,5 +1,6 @@
 """How an experiment on a finished run is written: its tables, pictures and the record of what it was, in `OUT/analysis`."""
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -26,7 +27,8 @@ def write_experiment(
 
     An earlier experiment of this name is replaced; files that it had and this one has not are removed.
 
-    tables: by file stem, the meaning of each column, in order, and the rows. started: of `time.time()`.
+    tables: by file stem, the meaning of each column, in order, and the rows, whose infinite numbers are written as inf.
+    started: of `time.time()`.
     pictures: by file name, what draws it to a path. more: further entries of the record.
     """
     files = Files(Path(out) / FOLDER)
@@ -37,7 +39,7 @@ def write_experiment(
         path = files.root / f"{stem}.tsv"
         if rows:
             written.append(path.name)
-            files.table(path, list(columns), rows)
+            files.table(path, list(columns), [_with_infinity(row) for row in rows])
         else:
             path.unlink(missing_ok=True)
     for file, draw in (pictures or {}).items():
@@ -54,3 +56,8 @@ def write_experiment(
     }
     files.json(record, content)
     return [*written, record.name]
+
+
+def _with_infinity(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row with infinite numbers as texts: a table has n/a for those, which here is something else."""
+    return {name: "inf" if isinstance(v, float) and v == math.inf else v for name, v in row.items()}

@@ -93,7 +93,7 @@ def insertion_rows(
     channels: Sequence[str],
     *,
     threshold: float | None,
-    unit: Sequence[float] | None = None,
+    unit: Sequence[float] | np.ndarray | None = None,
     explain: Explainer | None = None,
     key: Array | None = None,
     chunk: int | None = None,
@@ -127,7 +127,7 @@ def insertion_rows(
         row |= {"mean_probability": float(mean), "max_probability": float(largest), "mean_logit": float(logit)}
         row["detected"] = int(detected)
         if explain is not None and key is not None:
-            (saliency,), _ = explain(key, predictor, altered.image(k), [lesion.instance()])
+            (saliency,), _ = explain(key, predictor, altered.image(k), [lesion.instance()], progress=progress)
             row |= map_figures(saliency, lesion.instance(), channels, "saliency")
         rows.append(row)
     return rows

@@ -127,23 +127,44 @@ def like_lesion(
     own = step if voxels_spacing is None else np.asarray(voxels_spacing, float)
     if not len(voxels):
         raise InputError("synthetic lesion: the real lesion has no voxels, expected some: choose another")
-    diameter = np.cbrt(6 / np.pi * len(voxels) * np.prod(own))
-    scale = 1.0 if diameter_mm is None else diameter_mm / diameter
-    if not scale > 0 or edge_mm < 0:
+    if edge_mm < 0 or (diameter_mm is not None and not diameter_mm > 0):
         raise InputError(
             f"synthetic lesion: diameter {diameter_mm} mm, edge {edge_mm} mm: expected a positive diameter and an edge of 0 or more"
         )
+    scale = 1.0
+    if diameter_mm is not None:
+        # between voxel centres corners are cut: of few voxels that is a third of the volume
+        body = np.pad(_mask_of(voxels), 2)
+        scale = diameter_mm / np.cbrt(6 / np.pi * _volume(signed_distance(body, own)) * np.prod(own))
     margin = np.ceil(edge_mm / scale / own).astype(int) + 2
     corner = voxels.min(0) - margin
-    mask = np.zeros(voxels.max(0) + margin + 1 - corner, bool)
-    mask[tuple((voxels - corner).T)] = True
-    surface = signed_distance(mask, own)
+    surface = signed_distance(np.pad(_mask_of(voxels), [(m, m) for m in margin.tolist()]), own)
     middle = voxels.mean(0) - corner
-    reach = np.ceil(np.array(mask.shape) * own * scale / step).astype(int) + 1
+    reach = np.ceil(np.array(surface.shape) * own * scale / step).astype(int) + 1
     low, points = _grid_around(shape, step, centre, reach)
     places = np.moveaxis(points / scale / own + middle, -1, 0)
     distance = scale * ndimage.map_coordinates(surface, places, order=1, mode="nearest")
     return _shaped(distance, edge_mm, low, centre, shape)
+
+
+def _mask_of(voxels: np.ndarray) -> np.ndarray:
+    mask = np.zeros(voxels.max(0) - voxels.min(0) + 1, bool)
+    mask[tuple((voxels - voxels.min(0)).T)] = True
+    return mask
+
+
+def _volume(surface: np.ndarray) -> float:
+    """Voxels within the zero surface of a linearly interpolated distance, by 4³ points each."""
+    offsets = (np.arange(4) - 1.5) / 4
+    return (
+        sum(
+            float((ndimage.shift(surface, (x, y, z), order=1, mode="nearest") <= 0).sum())
+            for x in offsets
+            for y in offsets
+            for z in offsets
+        )
+        / len(offsets) ** 3
+    )
 
 
 def signed_distance(mask: np.ndarray, spacing: Sequence[float] | np.ndarray) -> np.ndarray:

@@ -13,6 +13,7 @@ from xaiseg.analysis.run_tables import Run
 from xaiseg.checkpoints import model_hash
 from xaiseg.checkpoints.folder import spec_from_dict
 from xaiseg.cohort.folder import SETTINGS
+from xaiseg.cohort.output import Files
 from xaiseg.cohort.segmentation import on_image
 from xaiseg.cohort.stages import INSTANCES
 from xaiseg.cohort.work import load_scan
@@ -110,7 +111,7 @@ def open_scans(
 ) -> Iterator[OpenScan]:
     """The scans that hold the lesions at `places`, one after another, each once.
 
-    source: the run's input, where it was moved. cases: scans that are opened besides, chosen lesions or not.
+    source: the run's input, where it was moved. cases: scans that are opened besides, whether they have lesions or not.
     Raises InputError where the input has not all cases of the run, a file cannot be read, or a label map has not all the lesions.
     """
     spec = run_spec(run)
@@ -119,12 +120,12 @@ def open_scans(
     by_case: dict[str, list[int]] = {name: [] for name in cases}
     for place in places:
         by_case.setdefault(str(run.lesions["case"][place]), []).append(place)
+    files = Files(run.root)
     if missing := [name for name in by_case if name not in known]:
         raise InputError(f"{given}: no case {missing[0]}, which {run.root} has: give the run's own input with --source")
     for name, own in by_case.items():
         scan = load_scan(known[name], spec, bool(run.identity.get("resample")))
-        first = int(np.flatnonzero(run.lesions["case"] == name)[0])
-        path = run.file(first, INSTANCES)
+        path = files.path(known[name], INSTANCES)
         labels = scan.labels(path)
         numbers = [int(run.lesions["lesion"][place]) for place in own]
         try:

@@ -1,7 +1,6 @@
 """The command `context`: how much of its surroundings a lesion needs."""
 
 import argparse
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ def add(commands: Any) -> None:
     options.chosen_lesions(parser, None)
     parser.add_argument(
         "--distances",
-        type=_distances,
+        type=options.rising,
         default=tuple(range(35)),
         metavar="A:B:STEP",
         help="mm from the lesion within which the image is kept, or a list A,B,C (0:34:1)",
@@ -51,18 +50,6 @@ def _context(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _numbers(text: str) -> tuple[float, ...]:
-    if ":" not in text:
-        return tuple(float(part) for part in text.split(","))
-    first, last, step = (float(part) for part in text.split(":"))
-    return tuple(np.arange(first, last + step / 2, step).tolist()) if step > 0 else ()
-
-
-_distances = options.checked(
-    _numbers,
-    lambda v: len(v) > 0 and v[0] >= 0 and all(a < b for a, b in pairwise(v)),
-    "rising distances in mm, A:B:STEP or a list, such as 0:20:2",
-)
 _levels = options.checked(
     lambda t: tuple(float(part) for part in t.split(",")),
     lambda v: bool(np.isfinite(v).all()),

@@ -2,6 +2,7 @@
 
 import argparse
 import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,21 @@ span = checked(
     lambda t: tuple(float(p) if p else end for p, end in zip(t.split(":"), (0.0, float("inf")), strict=True)),
     lambda v: 0 <= v[0] < v[1],
     "A:B with 0 <= A < B, such as 50:200, :200 or 50:",
+)
+
+
+def _steps(text: str) -> tuple[float, ...]:
+    if ":" not in text:
+        return tuple(float(part) for part in text.split(","))
+    first, last, step = (float(part) for part in text.split(":"))
+    count = int((last - first) / step + 0.5) if step > 0 else -1
+    return tuple(first + n * step for n in range(count + 1))
+
+
+rising = checked(
+    _steps,
+    lambda v: len(v) > 0 and v[0] >= 0 and v[-1] < float("inf") and all(a < b for a, b in pairwise(v)),
+    "rising numbers from 0 or more, A:B:STEP or a list, such as 0:20:2",
 )
 
 

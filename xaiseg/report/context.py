@@ -21,6 +21,8 @@ _STYLES: tuple[tuple[str, Any], ...] = (
 )
 _INK, _DIM, _RULE, _FAINT = "#17181b", "#5b5f66", "#c4c7cc", "#9aa0a8"
 _WIDE, _HIGH, _LEFT, _TOP, _GAP = 620, 420, 120, 170, 150
+_BELOW = _HIGH + 150  # from a row of panels to the next
+_TICKS = 10  # contrasts that are named on the axis, or else round numbers
 _FAINT_LINES = 300  # of single lesions; more would be a grey surface
 
 
@@ -79,12 +81,14 @@ def insertion_figure(
     *,
     unit: str,
     saliency_unit: str = "",
+    sizes: tuple[str, Mapping[str, Sequence[Mapping[str, Any]]]] | None = None,
 ) -> Figure | None:
     """A PNG: the share of inserted lesions detected against contrast, and, where rows have it, their peak saliency by channel.
 
     Args:
         series: by name, such as "FLAIR alone", rows of `insertion_rows` and their `insertion_summary` over `axis`; four at most.
         axis: the column of contrasts. unit: of it. channels: of the saliency; a panel each.
+        sizes: name of a series, and by size its `insertion_summary`, for a panel of their own; the first four are drawn.
         path: PNG to write, through a temporary name; None returns the figure.
     Raises ValueError for no series or more than four.
     """
@@ -96,45 +100,70 @@ def insertion_figure(
         for name, column in zip(channels, peaks, strict=True)
         if any(column in row for rows, _ in series.values() for row in rows)
     ]
-    fig = new_page(2 * _LEFT + _WIDE + len(shown) * (_WIDE + _GAP), _TOP + _HIGH + 110, "white")
+    first = 1 + (sizes is not None)
+    panels = first + len(shown)
+    across, down = min(panels, 2), (panels + 1) // 2
+    fig = new_page(2 * _LEFT + _WIDE + (across - 1) * (_WIDE + _GAP), _TOP + down * _BELOW - 40, "white")
     write(fig, 40, 58, "Synthetic lesions", 30, _INK, weight="bold")
     counted = next(iter(series.values()))[1][0]
     facts = f"{count(counted['lesions'], 'lesion')} in scans of {count(counted['patients'], 'patient')}"
-    write(fig, 40, 92, f"{facts} · bands: 95 %, patients resampled", 18, _DIM, fit=fig.bbox.width - 80)
-    found = _panel(fig, 0, "Lesions detected", f"contrast ({unit})", "share of lesions")
-    panels = [_panel(fig, n, f"Peak saliency, {name}", f"contrast ({unit})", saliency_unit)
-              for n, (name, _) in enumerate(shown, start=1)]  # fmt: skip
-    for n, (name, (rows, summary)) in enumerate(series.items()):
-        rates = [row for row in summary if row["measure"] == "detection_rate"]
-        _band(found, rates, n, axis, name)
-        levels = np.array([row[axis] for row in rates], float)
-        for ax, (_, column) in zip(panels, shown, strict=True):
+    facts += " · bands: 95 %, patients resampled" if counted["patients"] > 1 else " · one patient: no bands"
+    write(fig, 40, 92, facts, 18, _DIM, fit=fig.bbox.width - 80)
+    levels = sorted({row[axis] for rows, _ in series.values() for row in rows})
+    rates = {"Lesions detected": {name: summary for name, (_, summary) in series.items()}}
+    if sizes is not None:
+        rates[f"Lesions detected by size, {sizes[0]}"] = dict(list(sizes[1].items())[: len(_STYLES)])
+    for place, (title, summaries) in enumerate(rates.items()):
+        ax = _panel(fig, place, title, f"contrast ({unit})", "share of lesions")
+        for n, (name, summary) in enumerate(summaries.items()):
+            own = [row for row in summary if row["measure"] == "detection_rate"]
+            _band(ax, own, n, axis, name, width=_width(n, len(summaries)))
+        ax.set(ylim=(-0.02, 1.04))
+        for at in DETECTED:
+            ax.axhline(at, color=_RULE, linewidth=points(1.4), linestyle=(0, (5, 3)), zorder=0.5)
+        _legend(ax)
+    for place, (name, column) in enumerate(shown, start=first):
+        ax = _panel(fig, place, f"Peak saliency, {name}", f"contrast ({unit})", saliency_unit)
+        for n, (one, (rows, _)) in enumerate(series.items()):
             by_level = [[row[column] for row in rows if row[axis] == level] for level in levels]
             colour, dashes = _STYLES[n]
+            # series side by side, so that none hides another
+            shift = (n - (len(series) - 1) / 2) * 0.06 * float(np.diff(levels).min(initial=1.0))
             for level, values in zip(levels, by_level, strict=True):
-                ax.plot([level] * len(values), values, ".", color=colour, alpha=0.35, zorder=1)
-            ax.plot(
-                levels, [np.mean(v) for v in by_level], color=colour, linestyle=dashes, linewidth=points(2.4), zorder=3
-            )
-    found.set(ylim=(-0.02, 1.04))
-    for at in DETECTED:
-        found.axhline(at, color=_RULE, linewidth=points(1.4), linestyle=(0, (5, 3)), zorder=0.5)
-    for ax in panels:
+                ax.plot(
+                    [level + shift] * len(values), values, ".", color=colour, markersize=points(7), alpha=0.4, zorder=1
+                )
+            mean = [np.mean(values) for values in by_level]
+            ax.plot(levels, mean, color=colour, linestyle=dashes, linewidth=_width(n, len(series)), zorder=3, label=one)
         ax.axhline(0, color=_RULE, linewidth=points(1.4), zorder=0.5)
-    # the curve rises from lower left to upper right: lower right is free
-    found.legend(loc="lower right", frameon=False, prop={"family": FONT, "size": points(15)}, labelcolor=_INK)
+        _legend(ax)
+    for ax in fig.axes:
+        if len(levels) <= _TICKS:
+            ax.set_xticks(levels, [f"{level:g}" for level in levels])
     style_panels(fig, _RULE)
     return finish(fig, path)
 
 
-def _panel(fig: Figure, column: int, title: str, below: str, beside: str) -> Axes:
-    x = _LEFT + column * (_WIDE + _GAP)
-    ax = add_panel(fig, x, _TOP, (_WIDE, _HIGH), title)
+def _width(n: int, count: int) -> float:
+    """Of the line of a series: one that is drawn over another lets it be seen at its sides."""
+    return points(2.8 + 1.6 * (count - 1 - n))
+
+
+def _legend(ax: Axes) -> None:
+    """Where it hides least; dashes long enough to be told apart."""
+    ax.legend(loc="best", frameon=True, framealpha=0.85, edgecolor="none", handlelength=3.2,
+              prop={"family": FONT, "size": points(15)}, labelcolor=_INK).set_zorder(6)  # fmt: skip
+
+
+def _panel(fig: Figure, place: int, title: str, below: str, beside: str) -> Axes:
+    """A panel; two stand beside each other."""
+    x, y = _LEFT + place % 2 * (_WIDE + _GAP), _TOP + place // 2 * _BELOW
+    ax = add_panel(fig, x, y, (_WIDE, _HIGH), title)
     ax.xaxis.set_major_locator(MaxNLocator(6))
     ax.yaxis.set_major_locator(MaxNLocator(6))
-    write(fig, x, _TOP - 18, title, 19, _INK, weight="bold", fit=_WIDE)
-    write(fig, x + _WIDE / 2, _TOP + _HIGH + 68, below, 16, _DIM, ha="center")
-    write(fig, x - 78, _TOP + _HIGH / 2, beside, 16, _DIM, ha="center", va="center", rotation=90, fit=_HIGH)
+    write(fig, x, y - 18, title, 19, _INK, weight="bold", fit=_WIDE)
+    write(fig, x + _WIDE / 2, y + _HIGH + 68, below, 16, _DIM, ha="center")
+    write(fig, x - 78, y + _HIGH / 2, beside, 16, _DIM, ha="center", va="center", rotation=90, fit=_HIGH)
     return ax
 
 
@@ -144,7 +173,12 @@ def _right(steps: np.ndarray) -> float:
 
 
 def _band(
-    ax: Axes, rows: Sequence[Mapping[str, Any]], style: int = 0, axis: str = "distance_mm", label: str | None = None
+    ax: Axes,
+    rows: Sequence[Mapping[str, Any]],
+    style: int = 0,
+    axis: str = "distance_mm",
+    label: str | None = None,
+    width: float | None = None,
 ) -> None:
     """The line of the estimates in their band; an infinite place, the untouched image, as a dot with a bar."""
     colour, dashes = _STYLES[style]
@@ -152,7 +186,8 @@ def _band(
     finite = np.isfinite(place)
     estimate, low, high = (v[finite] for v in values)
     ax.fill_between(place[finite], low, high, color=colour, alpha=0.2, linewidth=0, zorder=2)
-    ax.plot(place[finite], estimate, color=colour, linestyle=dashes, linewidth=points(2.8), zorder=3, label=label)
+    line = {"color": colour, "linestyle": dashes, "linewidth": points(2.8) if width is None else width}
+    ax.plot(place[finite], estimate, **line, zorder=3, label=label)
     if not finite.all():
         right, (estimate, low, high) = _right(place[finite]), (v[~finite] for v in values)
         ax.vlines(right, low, high, color=colour, linewidth=points(2.4), alpha=0.5, zorder=2)
