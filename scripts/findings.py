@@ -3,7 +3,7 @@
     python scripts/findings.py DIR                                         # 40 phantoms, the example network
     python scripts/findings.py DIR --input scans.tsv --model my_model      # your own; references are needed for groups
 
-Each step is a command of `xaiseg`, printed before it runs. Given again, it goes on where it was; experiments that are written are not
+Each step is a command of `xaiseg`, printed before it runs. Given again, it goes on where it was; what experiments wrote is not
 repeated. Tables, pictures and the report are in `DIR/out`; the findings, the sentences of the report, are printed as well.
 """
 

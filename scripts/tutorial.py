@@ -91,7 +91,13 @@ synthetic(read_run(out), model, Design(places=1, diameters_mm=(10.0,)), scans=2,
 counterfactual(read_run(out), model, Choice(number=2), samples=1)
 
 # %% Can the explanations be trusted? Beside them stand a map of noise and an edge detector, which must fail  (xaiseg sanity)
-# SANITY
+from xaiseg.analysis.sanity import SanitySettings
+from xaiseg.analysis.sanity_run import compare_explainers
+
+quick = SanitySettings(
+    measures=("deletion", "insertion", "faithfulness_correlation", "localisation"), margin=6, samples=20
+)
+compare_explainers(read_run(out), model, Choice(number=2), ("smoothgrad", "random", "edges"), quick)
 
 # %% All of it on one page, with pages for the subjects: open out/report.html in a browser  (xaiseg report)
 from xaiseg.report.html import report

@@ -170,14 +170,55 @@ def test_what_is_not_defined_is_none():
     json.dumps(found._asdict(), allow_nan=False)
     assert all(row["value"] is None for row in found.rows if row["explainer"] == "lost")
     assert summary(found, "lost", "deletion_blur") == {
-        "explainer": "lost", "measure": "deletion_blur", "lesions": 0, "mean": None, "mean_low": None,
-        "mean_high": None, "median": None, "smallest": None, "largest": None, "gain": None, "gain_low": None,
-        "gain_high": None,
+        "explainer": "lost", "measure": "deletion_blur", "lesions": 0, "patients": 0, "mean": None,
+        "mean_low": None, "mean_high": None, "median": None, "smallest": None, "largest": None, "gain": None,
+        "gain_low": None, "gain_high": None, "limit": 0.0, "verdict": None,
     }  # fmt: skip
     assert values(found, "random", "leakage") == [None]
     assert values(found, "random", "random_instance") == [None]
     assert None not in values(found, "random", "deletion_blur")
     assert found.rows[0]["patient"] == "scan"
+
+
+def test_other_lesions_are_compared_with_and_not_measured():
+    settings = replace(SETTINGS, measures=["leakage", "random_instance"])
+    both = sanity(KEY, tiny_model(), [CASES[0]], EXPLAINERS, settings)
+    one = CASES[0]._replace(instances=LESIONS[:1], others=LESIONS[1:])
+    found = sanity(KEY, tiny_model(), [one], EXPLAINERS, settings)
+    assert {row["lesion"] for row in found.rows} == {LESIONS[0].label}
+    for explainer in EXPLAINERS:
+        for measure in settings.measures:
+            assert values(found, explainer, measure) == pytest.approx(values(both, explainer, measure)[:1], abs=1e-5)
+
+
+def row(value, patient, measure, gain=None):
+    found = {"explainer": "e", "measure": measure, "patient": patient, "value": value}
+    return found if gain is None else found | {"gain": gain}
+
+
+@pytest.mark.parametrize(
+    ("measure", "numbers", "verdict"),
+    [
+        ("deletion_blur", (0.1, 0.2, 0.3), "passes"),
+        ("deletion_blur", (-0.1, 0.2, 0.3), "unclear"),
+        ("insertion_road_drop", (-0.1, -0.2, -0.3), "fails"),
+        ("infidelity", (0.5, 0.89, 0.7), "passes"),
+        ("infidelity", (0.95, 0.91, 0.92), "fails"),  # of 10 samples, 0.9
+        ("faithfulness_correlation", (0.1, 0.2, 0.1), "passes"),
+        ("random_instance", (0.6, 0.9, 0.7), "fails"),
+        ("randomisation_signed", (-0.6, 0.4, 0.1), "passes"),
+        ("randomisation_ssim", (0.1, 0.2, 0.3), None),
+        ("localisation_rank", (0.1, 0.2, 0.3), None),
+    ],
+)
+def test_verdicts_by_the_interval(measure, numbers, verdict):
+    area = measure.startswith(("deletion", "insertion"))
+    rows = [row(0.5 if area else n, p, measure, n if area else None) for p, n in enumerate(2 * numbers)]
+    (found,) = summarise_sanity(rows, samples=10)
+    assert found["verdict"] == verdict
+    assert found["patients"] == 6
+    (few,) = summarise_sanity(rows[:5], samples=10)
+    assert few["verdict"] is None
 
 
 def test_nothing_to_measure_is_refused():

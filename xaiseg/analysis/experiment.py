@@ -21,6 +21,7 @@ def write_experiment(
     notes: Sequence[str],
     started: float,
     pictures: Mapping[str, Callable[[Path], Any]] | None = None,
+    records: Mapping[str, Mapping[str, Any]] | None = None,
     more: Mapping[str, Any] | None = None,
 ) -> list[str]:
     """Write tables, pictures, and last `NAME.json` with settings, notes and what the columns are; returns the names of all.
@@ -29,7 +30,8 @@ def write_experiment(
 
     tables: by file stem, the meaning of each column, in order, and the rows, whose infinite numbers are written as inf.
     started: of `time.time()`.
-    pictures: by file name, what draws it to a path. more: further entries of the record.
+    pictures: by file name, what draws it to a path. records: by file name, further JSON files.
+    more: further entries of the record.
     """
     files = Files(Path(out) / FOLDER)
     record = files.root / f"{name}.json"
@@ -45,6 +47,9 @@ def write_experiment(
     for file, draw in (pictures or {}).items():
         written.append(file)
         files.figure(files.root / file, draw)
+    for file, record_of in (records or {}).items():
+        written.append(file)
+        files.json(files.root / file, record_of)
     content = {
         "settings": dict(settings),
         "notes": list(notes),

@@ -42,7 +42,7 @@ class Radiomics(NamedTuple):
 
 
 def scan_radiomics(run: Run, source: str | Path | None = None) -> Radiomics:
-    """Of the scans: shape once, first-order statistics and grey-level co-occurrence (3-D, merged directions, 16 levels) per channel.
+    """Of scans: shape once, first-order statistics and grey-level co-occurrence (3-D, merged directions, 16 levels) per channel.
 
     Intensities are the normalised ones that the network sees; voxels are not resampled. source: the run's input, if it was moved.
     Raises InputError where MIRP is missing or a scan cannot be read.
@@ -95,7 +95,7 @@ def check_mirp() -> None:
 def features(
     image: np.ndarray, mask: np.ndarray, spacing: Sequence[float], channels: Sequence[str], *, shape: bool
 ) -> dict[str, float]:
-    """The features of the voxels of a mask `(x, y, z)` in an image `(x, y, z, C)`. spacing: mm. shape: those of the mask besides."""
+    """The features of the voxels of a mask `(x, y, z)` in an image `(x, y, z, C)`. spacing: mm. shape: those of the mask, too."""
     logging.getLogger("mirp").setLevel(logging.WARNING)
     affine = np.diag([*spacing, 1.0])  # features know distances, not places
     row: dict[str, float] = {}

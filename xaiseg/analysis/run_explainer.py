@@ -1,6 +1,7 @@
 """The method of a finished run, built again from its record: experiments explain as the run did, with fewer samples if need be."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -16,6 +17,15 @@ _OWN = {field.name for field in fields(Settings)}
 def key_of(name: str) -> str:
     """A method's key in files and columns, `gradcampp` for `gradcam++`."""
     return name.replace("++", "pp").replace("-", "")
+
+
+def options_of(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of `Settings` that a run's record of a method tells."""
+    options = {option: value for option, value in record.items() if option in _OWN}
+    if "layer" in record:
+        layers = record["layer"]
+        options["layers"] = (layers,) if isinstance(layers, str) else tuple(layers)
+    return options
 
 
 def method_of(run: Run, model: Model, name: str | None = None, samples: int | None = None) -> Method:
@@ -34,10 +44,7 @@ def method_of(run: Run, model: Model, name: str | None = None, samples: int | No
         raise InputError(
             f"{run.root}: its method {key} is none of {', '.join(METHODS)}: explain it again by one of these"
         )
-    options: dict[str, Any] = {option: value for option, value in record.items() if option in _OWN}
-    if "layer" in record:
-        layers = record["layer"]
-        options["layers"] = (layers,) if isinstance(layers, str) else tuple(layers)
+    options = options_of(record)
     if "samples" in record:
         options["samples"] = min(record["samples"], FEW_SAMPLES) if samples is None else samples
     try:

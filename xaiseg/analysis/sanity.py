@@ -29,7 +29,7 @@ MEASURES = {
     "insertion": "Area under S/S(x) while the highest of the map is brought back first; above the control is better",
     "infidelity": "Share of the score's changes under noise that the map does not foretell; 0 is best, 1 as good as no map",
     "faithfulness_correlation": "Pearson's r of sums of the map over random voxels with the score they take along",
-    "max_sensitivity": "Largest relative change of the map under small noise; small is better",
+    "max_sensitivity": "Largest relative change of the map under small noise; small is better, and 0 where a map ignores the image",
     "localisation": "Mass and rank accuracy, pointing game: what of the map lies in its lesion",
     "leakage": "Share of the map's mass in lesions that lies in other lesions",
     "random_instance": "Spearman's ρ with the map of the nearest other lesion; a high one does not tell lesions apart",
@@ -37,11 +37,15 @@ MEASURES = {
     "smooth_randomisation": "The same of maps averaged over noise",
 }
 
+# Patients without whom no verdict is given: of five, all lie on one side of a limit by chance alone in one of 16 draws.
+FEWEST = 6
+
 
 class SanityCase(NamedTuple):
     """A scan and the lesions of it that are explained.
 
     image: `(X, Y, Z, C)`, normalised. spacing: of its voxels, mm. patient: whose it is, by default the case's own.
+    others: more lesions of the scan, which are not measured: `leakage` and `random_instance` need some besides the measured one.
     """
 
     name: str
@@ -49,6 +53,7 @@ class SanityCase(NamedTuple):
     instances: Sequence[Instance]
     spacing: Sequence[float] = (1.0, 1.0, 1.0)
     patient: str | None = None
+    others: Sequence[Instance] = ()
 
 
 @dataclass(frozen=True)
@@ -118,9 +123,7 @@ def sanity(
 
     Rows have `case, patient, lesion, voxels, explainer, measure, value`, and for areas `control`, the mean of random orders,
     `control_sd` and `gain`: by how much the area is better than the control (smaller for deletion, larger for insertion).
-    `…_drop` is the area of `S(x) - S(x^(k))`, in logits, which lesions with a negative score have too. The summary has the mean
-    over lesions and its 95 % bootstrap interval over patients (none for fewer than two), median, smallest and largest, and for
-    areas the mean gain with its interval.
+    `…_drop` is the area of `S(x) - S(x^(k))`, in logits, which lesions with a negative score have too. Summary: `summarise_sanity`.
 
     Raises InputError where there is no explainer or no lesion at all.
     """
@@ -145,11 +148,19 @@ def sanity(
         raise InputError(
             "no case has a lesion, so there is nothing to measure: lower the threshold or the smallest size"
         )
-    return Sanity(rows, summarise_sanity(rows, settings.resamples), curves)
+    return Sanity(rows, summarise_sanity(rows, settings.resamples, settings.samples), curves)
 
 
-def summarise_sanity(rows: Sequence[Mapping[str, Any]], resamples: int = 2000) -> list[dict[str, Any]]:
-    """A row for each explainer and measure, in the order of `rows`; see `sanity`."""
+def summarise_sanity(
+    rows: Sequence[Mapping[str, Any]], resamples: int = 2000, samples: int = SanitySettings.samples
+) -> list[dict[str, Any]]:
+    """A row for each explainer and measure, in the order of `rows`, of the lesions where it is defined: `lesions`, `patients`,
+    the mean with its 95 % bootstrap interval over patients (none for fewer than two), median, smallest and largest; for areas the
+    mean gain with its interval.
+
+    limit, verdict: where a map that knows nothing is at a known place, see `limit_of`, the interval `passes` if it lies on the good
+    side of it, `fails` if on the other, and is else `unclear`; None for fewer than `FEWEST` patients. samples: of the infidelity.
+    """
     groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for row in rows:
         groups.setdefault((row["explainer"], row["measure"]), []).append(row)
@@ -157,6 +168,7 @@ def summarise_sanity(rows: Sequence[Mapping[str, Any]], resamples: int = 2000) -
     for (explainer, measure), members in groups.items():
         values = np.array([row["value"] for row in members if row["value"] is not None])
         summary: dict[str, Any] = {"explainer": explainer, "measure": measure, "lesions": len(values)}
+        summary["patients"] = len({row["patient"] for row in members if row["value"] is not None})
         summary |= _interval("mean", "value", members, resamples)
         if len(values):
             summary |= {
@@ -168,8 +180,43 @@ def summarise_sanity(rows: Sequence[Mapping[str, Any]], resamples: int = 2000) -
             summary |= dict.fromkeys(("median", "smallest", "largest"))
         if any("gain" in row for row in members):
             summary |= _interval("gain", "gain", members, resamples)
+        limit = limit_of(measure, samples)
+        summary |= {"limit": limit, "verdict": _verdict(summary, limit)}
         found.append(summary)
     return found
+
+
+def better(measure: str) -> int:
+    """1 where more is better, -1 where less is, of the gain for areas; 0 where neither is."""
+    if measure.startswith(("deletion", "insertion", "localisation", "faithfulness")) or measure.endswith("_entropy"):
+        return 1
+    return 0 if measure == "infidelity_logits2" else -1
+
+
+def limit_of(measure: str, samples: int) -> float | None:
+    """Where a measure parts maps that pass from those that do not; None where there is no such place.
+
+    Areas: a gain of 0, that of random orders. Infidelity: `1 - 1/samples`, what its fit leaves to a map that knows nothing.
+    Faithfulness correlation: 0. Signed ρ with another lesion's map, or with that of the random network: 1/2, midway between 0,
+    chance, and 1, a map that does not change; unsigned ρ and SSIM have none, since sizes fall off with the distance from the lesion
+    in any network.
+    """
+    if measure.startswith(("deletion", "insertion", "faithfulness")):
+        return 0.0
+    if measure == "infidelity":
+        return 1 - 1 / samples
+    return 0.5 if measure == "random_instance" or measure.endswith("_signed") else None
+
+
+def _verdict(summary: Mapping[str, Any], limit: float | None) -> str | None:
+    column = "gain" if "gain" in summary else "mean"
+    low, high = summary[f"{column}_low"], summary[f"{column}_high"]
+    if limit is None or low is None or summary["patients"] < FEWEST:
+        return None
+    above, below = low > limit, high < limit
+    if better(summary["measure"]) < 0:
+        above, below = below, above
+    return "passes" if above else "fails" if below else "unclear"
 
 
 def _interval(name: str, column: str, rows: Sequence[Mapping[str, Any]], resamples: int) -> dict[str, float | None]:
@@ -206,9 +253,13 @@ class _Case:
         self.key, self.model, self.predictor, self.predictor_of = key, model, predictor, predictor_of
         self.case, self.explainers, self.settings = case, explainers, settings
         self.image = jnp.asarray(case.image)
-        explained = jax.random.fold_in(key, len(MEASURES))
-        self.maps: dict[str, list[SaliencyMap]] = {
-            name: explain(explained, predictor, self.image, case.instances)[0] for name, explain in explainers.items()
+        self.lesions = [*case.instances, *case.others]
+        self.maps: dict[str, list[SaliencyMap]] = self._explained(case.instances)
+
+    def _explained(self, instances: Sequence[Instance]) -> dict[str, list[SaliencyMap]]:
+        key = jax.random.fold_in(self.key, len(MEASURES))
+        return {
+            name: explain(key, self.predictor, self.image, instances)[0] for name, explain in self.explainers.items()
         }
 
     def measure(self, name: str) -> _Found:
@@ -330,16 +381,18 @@ class _Case:
     def _leakage(self, key: Array) -> _Found:
         for i, instance in enumerate(self.case.instances):
             for name, maps in self.maps.items():
-                yield self._row(instance, name, "leakage", leakage(maps[i], i, self.case.instances)), None
+                yield self._row(instance, name, "leakage", leakage(maps[i], i, self.lesions)), None
 
     def _random_instance(self, key: Array) -> _Found:
-        centres = np.array([i.voxels.mean(0) for i in self.case.instances]) * np.asarray(self.case.spacing)
+        centres = np.array([i.voxels.mean(0) for i in self.lesions]) * np.asarray(self.case.spacing)
+        away = np.linalg.norm(centres[:, None] - centres, axis=-1) + np.diag(np.full(len(centres), np.inf))
+        nearest = away.argmin(1)[: len(self.case.instances)].tolist()
+        more = sorted({n for n in nearest if n >= len(self.case.instances)})
+        beside = self._explained([self.lesions[n] for n in more]) if more else {}
         for i, instance in enumerate(self.case.instances):
-            away = np.linalg.norm(centres - centres[i], axis=1)
-            away[i] = np.inf
-            nearest = int(np.argmin(away))
             for name, maps in self.maps.items():
-                rho = instance_similarity(maps[i], maps[nearest]) if len(centres) > 1 else math.nan
+                known = dict(enumerate(maps)) | dict(zip(more, beside.get(name, ()), strict=True))
+                rho = instance_similarity(maps[i], known[nearest[i]]) if len(centres) > 1 else math.nan
                 yield self._row(instance, name, "random_instance", rho), None
 
     def _randomisation(self, key: Array) -> _Found:

@@ -16,7 +16,7 @@ from xaiseg.imaging import Grid, check_header, nifti
 
 
 class SavedMap(NamedTuple):
-    """A lesion's map as it was saved, `values` `(x, y, z, C)` on `grid`, and the lesion, `labels` on `label_grid` that are `label`."""
+    """A lesion's map as it was saved, `values` `(x, y, z, C)` on `grid`, and the lesion: `labels` that are `label`."""
 
     values: np.ndarray
     grid: Grid

@@ -71,6 +71,11 @@ def instance_scores(
     return np.concatenate(scores) if scores else np.zeros(0)
 
 
+def score_passes(predictor: StitchedPredictor, shape: Sequence[int], instance: Instance) -> int:
+    """Windows that `instance_scores` evaluates for each image of this shape."""
+    return len(_windows_of(predictor.plan(tuple(shape)), instance))
+
+
 def place_of(saliency: SaliencyMap, shape: Sequence[int]) -> tuple[tuple[slice, ...], np.ndarray]:
     """Where a map lies in a volume `(X, Y, Z, C)`, and its values there, `(x, y, z, C)` float64.
 

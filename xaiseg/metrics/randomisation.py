@@ -175,8 +175,13 @@ def _grid(spec: ModelSpec) -> tuple[int, ...]:
     return (1, *(n for i, n in enumerate(spec.window) if i != axis), len(spec.channels))
 
 
-# of hashable arguments, so that it is compiled once for a network, whatever tests are made of it
-@partial(jax.jit, static_argnums=(0, 1))
+# Of hashable arguments, so that it is compiled once for a network, whatever tests are made of it. It runs once a layer: to optimise
+# it for speed, as compilers do, takes ten times as long as all that it does.
+@partial(
+    jax.jit,
+    static_argnums=(0, 1),
+    compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True},
+)
 def _init(network: nn.Module, grid: tuple[int, ...], key: Array) -> Mapping[str, Any]:
     return network.init(key, jnp.zeros(grid))
 
