@@ -19,7 +19,7 @@ from xaiseg.demo import write_phantoms
 folder = Path(sys.argv[1] if len(sys.argv) > 1 else "xaiseg-tutorial")
 
 # %% Two scans: FLAIR, T1w and a mask by an expert, listed in a manifest. Voxels of 2.4 mm, so that this takes minutes on a laptop
-manifest = write_phantoms(folder / "scans", 2, shape=(72, 88, 72), spacing=2.4)
+manifest = write_phantoms(folder / "scans", 2, shape=(72, 88, 72), spacing=2.4, lesions=7)
 print(manifest.read_text())
 
 # %% A network: a pure function of a window, and its prediction for a whole scan, blended over windows  (xaiseg segment)
@@ -69,7 +69,7 @@ from xaiseg.analysis.true_negatives import write_true_negatives
 
 missed, normal = folder / "missed", folder / "normal"
 xaiseg.explain(model, xaiseg.Request(manifest, missed, instances="missed", min_voxels=3, pictures=False), settings)
-regions = write_true_negatives(read_run(out), folder / "regions")
+regions = write_true_negatives(read_run(out), folder / "regions", most=3)
 xaiseg.explain(model, xaiseg.Request(regions, normal, instances="given", pictures=False), settings)
 
 # %% Groups, sequences, profiles, errors: tests that know that lesions of a patient are alike  (xaiseg analyse)
@@ -81,7 +81,7 @@ analyse(out, missed=missed, normal=normal)
 from xaiseg.analysis.context_run import context
 from xaiseg.analysis.reopened import Choice
 
-context(read_run(out), model, Choice(volume_mm3=(50.0, float("inf")), number=6), distances_mm=range(0, 31, 3))
+context(read_run(out), model, Choice(volume_mm3=(50.0, float("inf")), number=4), distances_mm=range(0, 25, 4))
 
 # %% From which contrast on is a lesion found, and what changes without one?  (xaiseg synthetic, counterfactual)
 from xaiseg.analysis.counterfactual_run import counterfactual
@@ -94,9 +94,7 @@ counterfactual(read_run(out), model, Choice(number=2), samples=1)
 from xaiseg.analysis.sanity import SanitySettings
 from xaiseg.analysis.sanity_run import compare_explainers
 
-quick = SanitySettings(
-    measures=("deletion", "insertion", "faithfulness_correlation", "localisation"), margin=6, samples=20
-)
+quick = SanitySettings(measures=("infidelity", "faithfulness_correlation", "localisation"), margin=6, samples=20)
 compare_explainers(read_run(out), model, Choice(number=2), ("smoothgrad", "random", "edges"), quick)
 
 # %% All of it on one page, with pages for the subjects: open out/report.html in a browser  (xaiseg report)

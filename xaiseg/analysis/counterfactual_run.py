@@ -29,6 +29,7 @@ from xaiseg.inference import StitchedPredictor
 from xaiseg.instances import instances_of
 from xaiseg.instances.lesion_filling import FILLED_EDGE, fill, numbered
 from xaiseg.models import Model
+from xaiseg.report.canvas import count
 from xaiseg.report.counterfactual import counterfactual_figure
 from xaiseg.report.slices import SliceRow, axial_slice, slices_figure
 
@@ -285,10 +286,10 @@ def _notes(run: Run, rows: Sequence[Mapping[str, Any]], reach_mm: float) -> Iter
 
 
 def _lines(rows: Sequence[Mapping[str, Any]], summary: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    for role, name in (("filled", "filled lesions"), ("neighbour", "neighbours")):
+    for role, name in (("filled", "filled lesion"), ("neighbour", "neighbour")):
         found = {row["measure"]: row["estimate"] for row in summary if row["role"] == role}
         if found:
-            text = f"{sum(row['role'] == role for row in rows)} {name}: mean probability "
+            text = f"{count(sum(row['role'] == role for row in rows), name)}: mean probability "
             text += " to ".join(f"{found[f'{moment}_mean_probability']:.3g}" for moment in MOMENTS)
             text += ", detected " + " to ".join(f"{found[f'{moment}_detected']:.3g}" for moment in MOMENTS)
             yield text + (f", saliency changed by {found['saliency_change']:.3g}" if "saliency_change" in found else "")
