@@ -279,7 +279,8 @@ def test_on_phantoms_with_the_example_model(tmp_path, capsys):
     options = ["--method", "gradient", "--aggregate", "mean", "--no-pictures", "--save-maps", "none"]
     assert main(["explain", str(manifest), str(tmp_path / "out"), "--model", "example", *options]) == 0
     names = [part for name in ("gradient", "random", "edges") for part in ("--explainer", name)]
-    assert main(["sanity", str(tmp_path / "out"), "--model", "example", "--lesions", "6", *names]) == 0
+    measures = ["--measures", "deletion,insertion,infidelity,random_instance,randomisation", "--margin", "8"]
+    assert main(["sanity", str(tmp_path / "out"), "--model", "example", "--lesions", "6", *names, *measures]) == 0
     rows = table(tmp_path / "out/analysis/sanity_summary.tsv")
     found = {(r["explainer"], r["measure"]): r["verdict"] for r in rows}
     for measure in ("deletion_blur", "insertion_blur", "infidelity", "random_instance", "randomisation_signed"):

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Sequence
 
 from xaiseg._version import __version__
-from xaiseg.cli import analysis, cohort, evaluation, models
+from xaiseg.cli import analysis, cohort, context, evaluation, models, report, sanity, synthetic
 from xaiseg.errors import InputError, Stopped
 
 
@@ -37,6 +37,6 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("xaiseg", description="Explain 3-D segmentation networks lesion by lesion.")
     parser.add_argument("--version", action="version", version=f"xaiseg {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for module in (models, cohort, evaluation, analysis):
+    for module in (models, cohort, evaluation, analysis, context, synthetic, report, sanity):
         module.add(commands)
     return parser

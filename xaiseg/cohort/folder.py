@@ -18,11 +18,12 @@ from xaiseg.imaging import Case
 SETTINGS = Path("logs/settings.json")
 PLAN = Path("logs/plan.json")
 _LOCKS = Path("logs/locks")
-_IGNORED = ("*_saliency.*", "*.png", "logs/", "analysis/", "lesions.*", "cases.*", "**/*_desc-lesions.tsv")
+_IGNORED = ("*_saliency.*", "*.png", "*.html", "logs/", "analysis/", "report/", "lesions.*", "cases.*", "**/*_desc-lesions.tsv")
 # Whatever a run may leave: at the top, and in the folders of its cases.
 _AT_THE_TOP = (
     *("dataset_description.json", ".bidsignore", "README.md", "space-orig_*.json", "lesions.*", "cases.*"),
     *("desc-*_saliency.json", "desc-*.png", ".*.tmp"),
+    *("report.html", "sub-*.html", "report/*", "analysis/*"),  # which speak of results that are gone
 )
 _OF_A_CASE = (
     *("*_label-L_probseg.nii.gz", "*_label-L_mask.nii.gz", "*_desc-instances_dseg.nii.gz"),
