@@ -202,6 +202,19 @@ def test_a_run_is_not_overwritten_while_somebody_works_on_it(
     explain("out", "--overwrite")
 
 
+def test_overwriting_takes_the_analysis_and_the_report_with_it(explain: Explain) -> None:
+    """They speak of results that are gone; a file that is nobody's stays."""
+    out = explain("out")
+    old = [out / name for name in ("report.html", "sub-01.html", "report/groups.svg", "analysis/groups.tsv")]
+    for path in (*old, out / "notes.txt"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("old")
+    explain("out", "--overwrite")
+    assert not [path for path in old if path.exists()]
+    assert not (out / "report").exists()
+    assert (out / "notes.txt").read_text() == "old"
+
+
 def test_a_repeated_run_computes_nothing(explain: Explain, cohort: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = explain("out", source=cohort)
     before = snapshot(out)

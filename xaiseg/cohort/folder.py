@@ -42,6 +42,7 @@ _README = """\
 - `sub-*/[ses-*/]anat`: probability, mask and numbered lesions on the grid of the scan (`space-orig`), and of each lesion its
   saliency map (x, y, z, channel), whose affine places it on the scan, with a picture
 - `desc-*_saliency.json`: how the maps were made
+- `analysis`, `report.html`, `sub-*.html`, `report`: where `xaiseg analyse` and `xaiseg report` were asked
 - `logs`: settings, times, failures, and `cases/*.jsonl`, by which the same command goes on where it was; `xaiseg status` reads them
 
 Not for clinical use.
