@@ -159,6 +159,13 @@ def cross_validated(
     return Detection(scores, kept)
 
 
+def foremost(rows: Sequence[Mapping[str, Any]], most: int = 6) -> list[Mapping[str, Any]]:
+    """Rows of `ERROR_COLUMNS` that a picture can hold: models of many features, logistic ones first, then the best single ones."""
+    models = sorted((r for r in rows if r["features"] > 1), key=lambda r: not r["model"].startswith("logistic"))
+    single = sorted((r for r in rows if r["features"] == 1), key=lambda r: -r["auroc"])
+    return [*models, *single][:most]
+
+
 def best_threshold(scores: np.ndarray, true: np.ndarray, more_true: int, more_false: int, missed: int) -> float:
     """The threshold of largest F1 when lesions that score below it are rejected; the lowest of several, `-inf` to reject none.
 

@@ -18,7 +18,17 @@ from xaiseg.imaging import Case
 SETTINGS = Path("logs/settings.json")
 PLAN = Path("logs/plan.json")
 _LOCKS = Path("logs/locks")
-_IGNORED = ("*_saliency.*", "*.png", "*.html", "logs/", "analysis/", "report/", "lesions.*", "cases.*", "**/*_desc-lesions.tsv")
+_IGNORED = (
+    "*_saliency.*",
+    "*.png",
+    "*.html",
+    "logs/",
+    "analysis/",
+    "report/",
+    "lesions.*",
+    "cases.*",
+    "**/*_desc-lesions.tsv",
+)
 # Whatever a run may leave: at the top, and in the folders of its cases.
 _AT_THE_TOP = (
     *("dataset_description.json", ".bidsignore", "README.md", "space-orig_*.json", "lesions.*", "cases.*"),

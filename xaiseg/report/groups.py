@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from xaiseg.analysis.errors import foremost
 from xaiseg.report.canvas import FONT, add_panel, count, finish, new_page, number, points, style_ticks, write
 
 _INK, _DIM, _RULE = "#17181b", "#5b5f66", "#c4c7cc"
@@ -163,13 +164,11 @@ def error_figure(
     """Write a PNG of ROC and precision-recall curves of TP against FP, and of PPV and F1 before and after rejection.
 
     Args:
-        rows: of `error_detection.tsv`; the models are drawn, and single features of the largest AUROC, six in all.
+        rows: of `error_detection.tsv`; the models are drawn, and single features of the largest AUROC, see `errors.foremost`.
         scores: of `error_scores.tsv`.
         path: PNG to write, through a temporary name.
     """
-    single = sorted((r for r in rows if r["features"] == 1), key=lambda r: -r["auroc"])
-    models = [row for row in rows if row["features"] > 1]
-    shown = models + single[: max(0, 6 - len(models))]
+    shown = foremost(rows)
     size, top = 440, 200
     fig = new_page(_WIDTH, top + size + 96, "white")
     write(fig, 40, 58, "True or false lesion?", 30, _INK, weight="bold")

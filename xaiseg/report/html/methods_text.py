@@ -277,9 +277,15 @@ def _statistics(prose: Prose, material: Material) -> list[str]:
     if rows := material.rows("error_detection"):
         models = {row["model"] for row in rows}
         boosted = f" and stochastic gradient boosted trees {prose.cite('friedman2002')}" if "boosting" in models else ""
+        sources = [name for name in ("maps", "scans") if f"logistic, {name}" in models]
+        radiomic = (
+            f", and by radiomic features of the {' and of the '.join(sources)} {prose.cite('zwanenburg2020')}"
+            if sources
+            else ""
+        )
         said.append(
             f"TP were told from FP by L2-regularised logistic regression{boosted} on the figures of saliency, "
-            f"volume and mean probability, in five-fold "
+            f"volume and mean probability{radiomic}, in five-fold "
             "cross-validation by patient, with the rejection threshold chosen for F1 in the other folds."
         )
     return said

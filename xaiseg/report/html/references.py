@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from xaiseg.report.html.page import asset
 
-_MARKS = {"{\\'e}": "é", '{\\"u}': "ü", '{\\"O}': "Ö", "{\\c{C}}": "Ç", "{\\c{c}}": "ç"}
+_MARKS = {"{\\'e}": "é", "{\\`e}": "è", '{\\"u}': "ü", '{\\"O}': "Ö", "{\\c{C}}": "Ç", "{\\c{c}}": "ç"}
 
 
 class Reference(NamedTuple):
@@ -36,7 +36,7 @@ def bibtex(keys: Iterable[str]) -> str:
 def listed(key: str) -> str:
     """The entry of a list of references."""
     fields = REFERENCES[key].fields
-    author = fields["author"].replace(" and ", "; ")
+    author = fields["author"].replace(" and others", " et al.").replace(" and ", "; ")
     for mark, letter in _MARKS.items():
         author = author.replace(mark, letter)
     place = f"arXiv:{fields['eprint']}" if "eprint" in fields else fields.get("journal") or fields["booktitle"]

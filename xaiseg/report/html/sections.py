@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from xaiseg.analysis.errors import MODELS, foremost
 from xaiseg.analysis.run_tables import GROUPS, MEASURES, MapKind, present
 from xaiseg.cohort.output import Files
 from xaiseg.report.groups import curves
@@ -23,7 +24,6 @@ TITLES = {
     "positive_mass": "Sum of positive values",
     "negative_mass": "Sum of negative values",
 }
-_SINGLE = 4  # features whose curves are drawn besides the models'
 
 
 def summary(material: Material) -> Section:
@@ -246,8 +246,7 @@ def errors(material: Material, files: Files) -> Section:
             else "xaiseg analyse of a run with references",
         )
         return Section("errors", "Finding errors", body)
-    single = sorted((r for r in rows if r["features"] == 1), key=lambda r: -r["auroc"])
-    shown = [r for r in rows if r["features"] > 1] + single[:_SINGLE]
+    shown = foremost(rows)
     names = [_named(r["model"], material.methods) for r in shown]
     roc, recall = [], []
     for row, name in zip(shown, names, strict=True):
@@ -336,7 +335,11 @@ def _legend(groups: np.ndarray) -> str:
 
 def _named(model: str, methods: Sequence[MapKind]) -> str:
     """A score by what it is made of; the method's key is left out where there is one alone."""
-    known = {"logistic": "all, logistic", "boosting": "all, boosting", "volume_mm3": "volume"}
+    judge, _, what = model.partition(", ")
+    if judge in MODELS:
+        made_of = {"": "figures", "maps": "radiomics of maps", "scans": "radiomics of scans", "all": "all of these"}
+        return f"{made_of[what]}, {judge}"
+    known = {"volume_mm3": "volume"}
     short = model.removeprefix(f"{methods[0].key}_") if len(methods) == 1 else model
     return known.get(model, short.replace("_", " "))
 

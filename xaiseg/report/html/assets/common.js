@@ -31,3 +31,20 @@ for (const button of document.querySelectorAll('[data-copy]')) {
     setTimeout(() => { button.textContent = label; }, 2500);
   });
 }
+// Cards that were never seen have estimated heights: what is jumped to is held in place while those above it get their own.
+{
+  let frames = 0;
+  const hold = () => {
+    const target = frames-- > 0 && document.getElementById(decodeURIComponent(location.hash.slice(1)));
+    if (!target) return;
+    target.scrollIntoView({ behavior: 'instant' });
+    requestAnimationFrame(hold);
+  };
+  const begin = () => { frames = 30; requestAnimationFrame(hold); };
+  addEventListener('hashchange', begin);
+  addEventListener('load', begin);
+  for (const link of document.querySelectorAll('a[href^="#"]')) link.addEventListener('click', begin);
+  for (const own of ['wheel', 'touchstart', 'pointerdown', 'keydown']) {
+    addEventListener(own, () => { frames = 0; }, { passive: true });
+  }
+}
