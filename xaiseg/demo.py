@@ -24,7 +24,10 @@ def example_model() -> Model:
 
 
 def run_demo(out: Path, cases: int = 2, samples: int = 4, overwrite: bool = False) -> list[dict[str, Any]]:
-    """Write phantoms to `OUT/scans` and everything `explain` makes of them to `OUT/results`; returns the rows of `cases.tsv`."""
+    """Write phantoms to `OUT/scans`, everything `explain` makes of them and its report to `OUT/results`; returns the rows of
+    `cases.tsv`."""
+    from xaiseg.report.html import report
+
     scans = out / "scans"
     if not overwrite and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out}: exists and is not empty; choose another folder with --out, or give --overwrite")
@@ -35,8 +38,9 @@ def run_demo(out: Path, cases: int = 2, samples: int = 4, overwrite: bool = Fals
     manifest = write_phantoms(scans, cases)
     settings = Settings(methods=("smoothgrad", "gradcam++"), samples=samples)
     rows = explain(example_model(), Request(manifest, out / "results", overwrite=overwrite), settings)
-    pictures = sorted((out / "results").glob("sub-*/anat/*smoothgrad_lesion-*.png"))
-    print(f"\nlook at   {out / 'results' / 'desc-smoothgrad_summary.png'}\n          {pictures[0] if pictures else ''}")
+    print()
+    pages = report(out / "results", say=lambda _: None)
+    print(f"\nlook at   {pages[0]}, in a browser")
     print(f"tables    {out / 'results' / 'lesions.tsv'}, {out / 'results' / 'cases.tsv'}")
     return rows
 
