@@ -284,10 +284,12 @@ def test_which_lesions_a_small_gallery_has():
 def test_old_pages_and_figures_are_removed(tmp_path):
     run = write_report_run(tmp_path, patients=1)
     report(run)
-    (run / "sub-99.html").write_text("old")
+    shutil.copy(run / "sub-00.html", run / "sub-99.html")
+    (run / "sub-notes.html").write_text("mine")
     (run / "report/old.svg").write_text("old")
     report(run)
     assert not (run / "sub-99.html").exists()
+    assert (run / "sub-notes.html").read_text() == "mine"
     assert not (run / "report/old.svg").exists()
 
 
@@ -311,6 +313,7 @@ def test_bad_input(tmp_path, capsys):
         report(tmp_path / "unfinished")
     assert main(["report", str(tmp_path / "nothing")]) == 1
     assert "settings.json" in capsys.readouterr().err
+    (run / "analysis").mkdir(exist_ok=True)
     (run / "analysis/analysis.json").write_text("{")
     with pytest.raises(InputError, match=r"analysis\.json: cannot be read"):
         report(run)
@@ -452,3 +455,32 @@ def test_two_methods(tmp_path):
         "FLAIR, gradient",
         "T1w, gradient",
     ]
+
+
+def test_a_report_that_fails_leaves_the_earlier_one(tmp_path):
+    run = write_report_run(tmp_path, patients=2)
+    report(run)
+    before = {path.name: path.read_bytes() for path in run.glob("*.html")}
+    for path in (tmp_path / "scans").glob("*FLAIR*"):
+        path.unlink()
+    with pytest.raises(InputError, match="no scan could be read"):
+        report(run)
+    assert {path.name: path.read_bytes() for path in run.glob("*.html")} == before
+    assert not list(run.glob(".report-*"))
+
+
+def test_records_and_tables_of_another_form_are_told(tmp_path):
+    run = write_report_run(tmp_path, patients=2)
+    report(run)
+    for file, content, said in (
+        ("analysis/context.json", "[]", r"context\.json: cannot be read \(a list, not an object\)"),
+        ("analysis/comparisons.tsv", "method\tchannel\nsmoothgrad\tFLAIR\n", r"comparisons\.tsv: no column measure"),
+        ("logs/settings.json", "[1]", r"settings\.json: cannot be read \(a list"),
+        ("logs/settings.json", '{"identity": {"command": "explain"}}', r"settings\.json: no model or methods"),
+    ):
+        path = run / file
+        before = path.read_text() if path.exists() else None
+        path.write_text(content)
+        with pytest.raises(InputError, match=said):
+            report(run)
+        path.unlink() if before is None else path.write_text(before)

@@ -87,6 +87,7 @@ def analyse(
     tables["error_detection"], tables["error_scores"] = _detect(main, radiomics, source, resamples, seed, notes)
     notes += _notes(lesions, main, tables)
     files = Files(Path(out) / FOLDER)
+    (files.root / "analysis.json").unlink(missing_ok=True)  # tables without it are of an analysis under way
     written = _write(files, tables, main, lesions)
     settings = {"resamples": resamples, "seed": seed, "resampled": "patients, each with all lesions"}
     files.json(
@@ -268,7 +269,8 @@ def _write(
         written.append("error_detection.png")
         draw = partial(error_figure, tables["error_detection"], tables["error_scores"])
         files.figure(files.root / written[-1], draw)
-    for old in (*(f"{name}.tsv" for name in TABLES), "error_detection.png"):
+    pictures = (path.name for kind in ("groups", "profiles") for path in files.root.glob(f"desc-*_{kind}.png"))
+    for old in (*(f"{name}.tsv" for name in TABLES), "error_detection.png", *pictures):
         if old not in written:
             (files.root / old).unlink(missing_ok=True)
     return written

@@ -28,6 +28,9 @@ class Effect(NamedTuple):
     p: float
 
 
+_FEWEST_PATIENTS = 6  # of a mixed model, whose Wald test takes a normal distribution for granted
+
+
 def holm(p: np.ndarray) -> np.ndarray:
     """Holm's adjusted p-values (1979) of one family `(n,)`; NaN stays NaN and does not count.
 
@@ -113,12 +116,12 @@ def has_mixed_models() -> bool:
 def mixed_model_p(a: np.ndarray, b: np.ndarray, of_a: np.ndarray, of_b: np.ndarray) -> float:
     """p-value of the group in a linear mixed model of ranks with a random intercept for each patient (REML, Wald test).
 
-    NaN for fewer than two patients, or where the model cannot be fitted. Needs statsmodels.
+    NaN for fewer than six patients, of whose spread it knows too little, or where the model cannot be fitted. Needs statsmodels.
     """
     from statsmodels.regression.mixed_linear_model import MixedLM
 
     patients = np.concatenate([of_a, of_b])
-    if len(np.unique(patients)) < 2:
+    if len(np.unique(patients)) < _FEWEST_PATIENTS:
         return np.nan
     ranks = stats.rankdata(np.concatenate([a, b])) / len(patients)
     group = np.repeat([1.0, 0.0], [len(a), len(b)])

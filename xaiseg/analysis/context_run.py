@@ -114,6 +114,7 @@ def context(
         pictures={"context.png": partial(context_figure, curves, summary)},
         more={"passes": passes},
     )
+    say(f"lesions: {', '.join(choice.groups) or 'all'}")
     for line in (*_lines(summary), *(f"note: {note}" for note in notes)):
         say(line)
     say(f"{passes} passes through a window; written to {run.root / 'analysis'}: {', '.join(written)}")

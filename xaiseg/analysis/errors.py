@@ -16,6 +16,7 @@ from xaiseg.metrics.voxels import ratio
 
 FOLDS = 5
 _INNER = 4
+_FEWEST_PATIENTS = 3
 ERROR_COLUMNS = {
     "model": "logistic: logistic regression, boosting: gradient boosted trees, of the figures in lesions.tsv, of radiomic "
     "features of the maps or of the scans, or of all of these; else one feature, as it is",
@@ -113,12 +114,18 @@ def detect_errors(
         others: see `Counts`.
         models: of all features, names in `MODELS`; single features come besides.
 
-    Raises InputError where scikit-learn is missing, a model unknown, or fewer than three lesions or two patients have TP, or FP.
+    Raises InputError where scikit-learn is missing, a model is unknown, there are fewer than three patients, or fewer than three
+    lesions or two patients have TP, or FP.
     """
     check_scikit_learn()
     if unknown := [name for name in models if name not in MODELS]:
         raise InputError(
             f"error detection: no model {', '.join(unknown)}, expected some of {', '.join(MODELS)}: name these"
+        )
+    if (several := len(set(patients.tolist()))) < _FEWEST_PATIENTS:
+        raise InputError(
+            f"error detection: {several} patients, expected at least {_FEWEST_PATIENTS}, so that a threshold is chosen on patients "
+            "that its scores were not fitted on: explain more scans"
         )
     for name, where in (("TP", true), ("FP", ~true)):
         if where.sum() < FEWEST or len(set(patients[where].tolist())) < 2:

@@ -18,7 +18,7 @@ from xaiseg.cohort.segmentation import on_image
 from xaiseg.cohort.stages import INSTANCES
 from xaiseg.cohort.work import load_scan
 from xaiseg.errors import InputError
-from xaiseg.imaging import Case, Scan, read_input
+from xaiseg.imaging import Case, Scan, read_cohort
 from xaiseg.inference import StitchedPredictor
 from xaiseg.instances import instances_of
 from xaiseg.models import Model, ModelSpec
@@ -66,7 +66,7 @@ def reopen_model(run: Run, model: Model) -> Model:
     """The network with the run's own windows and threshold. Raises InputError where it is not the network of the run."""
     if (now := model_hash(model)) != (before := str(run.identity["model"].get("hash"))):
         raise InputError(
-            f"{run.root}: was explained with the model {before[:12]}, expected {now[:12]}, the one that was given: "
+            f"{run.root}: was explained with the model {before[:12]}, the one that was given is {now[:12]}: "
             "give the model of the run"
         )
     return replace(model, spec=run_spec(run))
@@ -81,6 +81,8 @@ def choose(run: Run, choice: Choice) -> list[int]:
     """Places of the chosen lesions in the run's table, rising. Raises InputError where there is none."""
     lesions = run.lesions
     low, high = choice.volume_mm3
+    if "volume_mm3" not in lesions:
+        raise InputError(f"{run.root / 'lesions.tsv'}: no column volume_mm3, expected a table of this run: restore it")
     known = sorted(set(lesions["group"].tolist()))
     if unknown := set(choice.groups) - set(known):
         raise InputError(
@@ -116,7 +118,7 @@ def open_scans(
     """
     spec = run_spec(run)
     given = Path(source) if source is not None else run_input(run)
-    known = {case.name: case for case in read_input(given, spec.channels)}
+    known = {case.name: case for case in read_cohort(given, spec.channels).cases}
     by_case: dict[str, list[int]] = {name: [] for name in cases}
     for place in places:
         by_case.setdefault(str(run.lesions["case"][place]), []).append(place)

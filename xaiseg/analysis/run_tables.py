@@ -79,7 +79,12 @@ def read_run(out: str | Path, patients: Mapping[str, str] | None = None) -> Run:
             f"{root / SETTINGS}: of a run of {identity.get('command', 'nothing')!r}, expected 'explain': "
             "give the output folder of `xaiseg explain`"
         )
-    cases, rows = _table(root / "cases.tsv", ("case", "status")), _table(root / "lesions.tsv", (*_TEXTS, "lesion"))
+    if not all(isinstance(identity.get(part), dict) and identity[part] for part in ("model", "methods")):
+        raise InputError(f"{root / SETTINGS}: no model or methods in it, expected a run's settings: restore the file")
+    cases, rows = (
+        _table(root / "cases.tsv", ("case", "status")),
+        _table(root / "lesions.tsv", (*_TEXTS, "lesion")),
+    )
     if left := [row["case"] for row in cases if row["status"] == "left"]:
         raise InputError(
             f"{root / 'cases.tsv'}: {len(left)} of {len(cases)} cases are left to do ({', '.join(left[:3])}"
@@ -100,6 +105,13 @@ def read_run(out: str | Path, patients: Mapping[str, str] | None = None) -> Run:
     }
     lesions["patient"] = np.array([whose[row["case"]] for row in rows])
     methods = tuple(_kind(root, key) for key in identity["methods"])
+    needed = [
+        method.column(channel, measure) for method in methods for channel in method.channels for measure in MEASURES
+    ]
+    if missing := [name for name in needed if name not in lesions]:
+        raise InputError(
+            f"{root / 'lesions.tsv'}: no column {missing[0]}, expected those of {', '.join(identity['methods'])}: restore the table"
+        )
     return Run(root, lesions, [{**row, "patient": whose[row["case"]]} for row in cases], methods, identity)
 
 
@@ -150,7 +162,10 @@ def _numbers(root: Path, rows: Sequence[Mapping[str, str]], name: str) -> np.nda
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"a {type(content).__name__}, not an object")
+        return content
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(

@@ -90,6 +90,8 @@ class SanitySettings:
         unknown = [name for name in self.measures if name not in MEASURES]
         if unknown or not self.measures:
             raise InputError(f"measures: {', '.join(unknown) or 'none'}; known are {', '.join(MEASURES)}")
+        if self.samples < 2:
+            raise InputError(f"samples is {self.samples}, expected at least 2, so that something can vary")
         if self.margin < 0:
             raise InputError(f"margin is {self.margin} voxels, expected at least 0")
 

@@ -18,7 +18,7 @@ from xaiseg.analysis.run_tables import Run
 from xaiseg.cohort.output import Files
 from xaiseg.cohort.stages import INSTANCES, MASK
 from xaiseg.errors import InputError
-from xaiseg.imaging import load_scan, nifti, read_input
+from xaiseg.imaging import load_scan, nifti, read_cohort
 from xaiseg.imaging.manifest import NONE
 from xaiseg.instances import instances_of
 from xaiseg.saliency.baselines import brightest_class
@@ -148,14 +148,13 @@ def write_true_negatives(
         raise InputError(
             f"{run.root}: its channels are {', '.join(channels)}, expected {t1w}: name the one that is T1w"
         )
-    cases = {case.name: case for case in read_input(Path(source) if source else run_input(run), channels)}
+    given = Path(source) if source else run_input(run)
+    cases = {case.name: case for case in read_cohort(given, channels).cases}
     files = Files(folder)
     lines: list[dict[str, str]] = []
     for name in dict.fromkeys(run.lesions["case"].tolist()):
         if name not in cases:
-            raise InputError(
-                f"{source or run_input(run)}: no case {name}, which {run.root} has: give the run's own input"
-            )
+            raise InputError(f"{given}: no case {name}, which {run.root} has: give the run's own input")
         case, place = cases[name], int(np.flatnonzero(run.lesions["case"] == name)[0])
         scan = load_scan(case, channels, resample=bool(run.identity.get("resample")))
         explained = nifti.read_labels(run.file(place, INSTANCES), scan.stored_grid)

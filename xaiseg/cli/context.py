@@ -13,7 +13,7 @@ def add(commands: Any) -> None:
         commands, "context", _context, "find how much of its surroundings the network needs to detect a lesion"
     )
     options.opened_run(parser)
-    options.chosen_lesions(parser, None)
+    options.chosen_lesions(parser, None, "TP, or all without references")
     parser.add_argument(
         "--distances",
         type=options.rising,

@@ -26,9 +26,9 @@ def opened_run(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def chosen_lesions(parser: argparse.ArgumentParser, number: int | None) -> None:
-    """Which lesions of a run; `number`: as many at most, by default."""
-    parser.add_argument("--groups", type=names, default=(), metavar="TP,FP", help="only lesions of these groups")
+def chosen_lesions(parser: argparse.ArgumentParser, number: int | None, groups: str = "all") -> None:
+    """Which lesions of a run. number: as many at most, by default. groups: what is said of those that are taken by default."""
+    parser.add_argument("--groups", type=names, default=(), metavar="TP,FP", help=f"only these groups ({groups})")
     parser.add_argument(
         "--volume", type=span, default=(0.0, float("inf")), metavar="A:B", help="only lesions of A to B mm³"
     )

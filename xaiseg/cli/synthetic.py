@@ -98,7 +98,7 @@ def add(commands: Any) -> None:
         "fill lesions of a run with normal white matter, and see what changes for them and their neighbours",
     )
     options.opened_run(counterfactual)
-    options.chosen_lesions(counterfactual, 8)
+    options.chosen_lesions(counterfactual, 8, "TP, or all without references")
     counterfactual.add_argument(
         "--only", type=_labelled, action="append", default=[], metavar="CASE:N", help="this lesion; repeat it for more"
     )

@@ -54,9 +54,9 @@ def dots(values: np.ndarray, groups: np.ndarray, title: str, unit: str, *, named
         _marks(ax, at + 0.62 * jitter, mine, marker, size, color=colour, alpha=0.55)
         if len(mine):
             q1, median, q3 = np.quantile(mine, [0.25, 0.5, 0.75])
-            ax.plot([at - 0.4, at + 0.4], [median] * 2, color=INK, linewidth=points(2.6), zorder=4)
+            ax.plot([at - 0.4, at + 0.4], [median] * 2, color=INK, linewidth=points(2.6), zorder=1.5)
             for quartile in (q1, q3):
-                ax.plot([at - 0.4, at + 0.4], [quartile] * 2, color=INK, linewidth=points(0.9), zorder=4)
+                ax.plot([at - 0.4, at + 0.4], [quartile] * 2, color=INK, linewidth=points(0.9), zorder=1.5)
             labels.append(f"{group}, {len(mine)}\n{number(float(median), plus=False)}")
         else:
             labels.append(f"{group}, 0\n")
@@ -121,14 +121,18 @@ def intervals(
     dots_of: Sequence[np.ndarray] = (),
     reference: float | None = None,
     limits: tuple[float, float] | None = None,
+    groups: Sequence[str] = (),
 ) -> Figure:
-    """A line per row: its name, a mark at the estimate and its interval; single values as dots. reference: a vertical line."""
+    """A line per row: its name, a mark at the estimate and its interval; single values as dots. reference: a vertical line.
+
+    groups: of the rows, whose colours and marks they then have.
+    """
     longest = max(len(name) for name, *_ in rows)
     left = min(150, 22 + 7 * longest)
     height = 92 + 30 * len(rows)
     fig, ax = _panel(title, "", left=left, bottom=54, height=height)
     for n, (_, estimate, low, high) in enumerate(rows):
-        colour, marker, _dash = SERIES[n % len(SERIES)]
+        colour, marker, _dash = GROUPS.get(groups[n], OTHER) if groups else SERIES[n % len(SERIES)]
         if n < len(dots_of):
             values = dots_of[n][np.isfinite(dots_of[n])]
             jitter = ((np.arange(len(values)) * 0.6180339887 + 0.5) % 1 - 0.5) * 0.5

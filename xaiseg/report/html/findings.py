@@ -21,6 +21,7 @@ VERDICTS = {HOLDS: "as published", DIFFERS: "not as published", OPEN: "not settl
 LEVEL = 0.05
 FEWEST = 6  # patients from which a test by changing signs can fall below the level: 2^(1 - 6) < 0.05
 UNITS = {"spread": "standard deviations of the tissue around", "intensity": "normalised intensity"}
+_AROUND_MM = 10.0  # the neighbourhood, of which most bins must be negative where the paper's finding is to hold
 _SIGNS = {1: "positive", -1: "negative", 0: "not clearly of one sign"}
 
 
@@ -105,9 +106,9 @@ def _groups(material: Material, method: MapKind) -> Iterator[Finding]:
             if row is None or (n and pair != ("TP", "FP")) or (pair != ("TP", "FP") and not _neighbours(pair, pairs)):
                 continue
             if np.isnan(row["cliffs_delta"]):
-                yield Finding(f"{pair[0]} and {pair[1]}: too few lesions to compare their peaks.", OPEN)
+                yield Finding(f"{pair[0]} and {pair[1]}: too few lesions to compare their peaks on {channel}.", OPEN)
                 continue
-            where = side(row["delta_low"], row["delta_high"])
+            where = side(row["delta_low"], row["delta_high"]) if row["p_clustered_holm"] < LEVEL else 0
             said = {1: "is higher in", -1: "is lower in", 0: "does not clearly differ between"}[where]
             than = "and" if where == 0 else "than in"
             text = (
@@ -152,7 +153,9 @@ def _profile(material: Material, method: MapKind) -> Iterator[Finding]:
     text += "".join(f"; on {channel} it is {_SIGNS[signs[channel]]} inside" for channel in others)
     if first != "FLAIR":
         yield Finding(f"{text}.")
-    elif signs[first] == 1 and below:
+    elif signs[first] == 1 and 2 * sum(row["to_mm"] <= _AROUND_MM for row in below) > sum(
+        row["to_mm"] <= _AROUND_MM for row in outside
+    ):
         yield Finding(f"{text}.", _enough(HOLDS, below[0]["patients"]))
     else:
         contrary = signs[first] == -1 or (starts is None and outside)
@@ -169,10 +172,10 @@ def _errors(material: Material) -> Iterator[Finding]:
     told = side(row["auroc_low"], row["auroc_high"], 0.5)
     changes = [f"{m.upper()} from {row[f'{m}_before']:.2f} to {row[f'{m}_after']:.2f}" for m in ("ppv", "f1")]
     text = (
-        "Figures of saliency, size and probability tell TP from FP, in patients not seen, with an AUROC of "
+        "A classifier of TP and FP by figures of saliency, size and probability has, in patients not seen, an AUROC of "
         f"{interval(row, 'auroc', 'auroc_low', 'auroc_high', '.2f')}; rejecting what scores low takes "
-        f"{' and '.join(changes)}, a gain in F1 "
-        f"of {interval(row, 'f1_gain', 'f1_gain_low', 'f1_gain_high', '.2f')}."
+        f"{' and '.join(changes)}, a change of F1 "
+        f"by {interval(row, 'f1_gain', 'f1_gain_low', 'f1_gain_high', '.2f')}."
     )
     if own := next((r for r in rows if r["model"] == "mean_probability"), None):
         text += f" The network's own mean probability alone: AUROC {interval(own, 'auroc', 'auroc_low', 'auroc_high', '.2f')}."
@@ -242,7 +245,7 @@ def _filled(material: Material) -> Iterator[Finding]:
         before, after = (np.median([row[f"{when}_mean_probability"] for row in rows]) for when in ("before", "after"))
         left = sum(row["after_detected"] > 0 for row in rows)
         yield Finding(
-            f"Filled with normal-appearing tissue, the mean probability of {len(rows)} lesions falls from "
+            f"Filled with normal-appearing tissue, the mean probability of {len(rows)} lesions goes from "
             f"{before:.2f} to {after:.2f} (medians); {left} of them are still detected."
         )
 

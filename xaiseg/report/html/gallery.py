@@ -59,6 +59,7 @@ def gallery(
     why_not: str = "",
 ) -> Section:
     """The chapter. scores: `(n,)` of `model`, see `chosen`. shown: the method of the pictures' maps. why_not: no pictures."""
+    methods = [shown, *(method for method in methods if method is not shown)]
     total = len(lesions["lesion"])
     keys, options = _keys(lesions, methods, scores, model)
     order = _order(cards, keys, options)

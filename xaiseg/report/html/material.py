@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from xaiseg.analysis.analyse import FOLDER, analyse
+from xaiseg.analysis.analyse import FOLDER, TABLES, analyse
 from xaiseg.analysis.run_tables import MapKind, Run, pooled, read_run
 from xaiseg.cohort.tables import FAILURES, LOG
 from xaiseg.errors import InputError
@@ -107,6 +107,9 @@ def read_material(out: str | Path, say: Callable[[str], Any] = print) -> Materia
         Path(file).stem for record in records.values() for file in record.get("files", ()) if str(file).endswith(".tsv")
     }
     tables = {stem: read_table(folder / f"{stem}.tsv") for stem in sorted(stems)}
+    for stem, rows in tables.items():
+        if missing := [name for name in TABLES.get(stem, ()) if rows and name not in rows[0]]:
+            raise InputError(f"{folder / stem}.tsv: no column {missing[0]}; give `xaiseg analyse {run.root}` again")
     notes: list[str] = []
     runs = [run, *_others(run, records["analysis"], notes)]
     for record in records.values():  # a report is shown to others: folders by their names alone
@@ -176,7 +179,10 @@ def _without_folders(line: str, run: Run, record: Mapping[str, Any]) -> str:
 
 def _json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"a {type(content).__name__}, not an object")
+        return content
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{path}: cannot be read ({reason}); expected JSON: give its command again") from error

@@ -41,6 +41,22 @@ _CAMS = {
 }
 
 
+_FOLDS = {2: "two", 3: "three", 4: "four", 5: "five"}
+# Of the measures of the sanity table, by how they begin: what they are called, and their sources.
+_MEASURED: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    ("deletion", "deletion", ("petsiuk2018", "rong2022")),
+    ("insertion", "insertion", ("petsiuk2018", "rong2022")),
+    ("infidelity", "infidelity", ("yeh2019",)),
+    ("faithfulness_correlation", "faithfulness correlation", ("bhatt2020",)),
+    ("max_sensitivity", "max-sensitivity", ("yeh2019",)),
+    ("localisation", "localisation", ()),
+    ("leakage", "leakage into other lesions", ()),
+    ("random_instance", "likeness with the maps of other lesions", ()),
+    ("randomisation", "randomisation of parameters", ("adebayo2018",)),
+    ("smooth_randomisation", "randomisation of parameters with maps averaged over noise", ("adebayo2018",)),
+)
+
+
 class Prose:
     """Paragraphs, and the keys of what they cite, in order."""
 
@@ -285,7 +301,7 @@ def _statistics(prose: Prose, material: Material) -> list[str]:
         )
         said.append(
             f"TP were told from FP by L2-regularised logistic regression{boosted} on the figures of saliency, "
-            f"volume and mean probability{radiomic}, in five-fold "
+            f"volume and mean probability{radiomic}, in {_FOLDS[min(5, max(int(r.get('patients', 5)) for r in rows))]}-fold "
             "cross-validation by patient, with the rejection threshold chosen for F1 in the other folds."
         )
     return said
@@ -312,10 +328,13 @@ def _experiments(prose: Prose, material: Material) -> list[str]:
     if rows := material.rows("sanity_summary"):
         names = ", ".join(dict.fromkeys(row["explainer"] for row in rows))
         said.append(
-            f"Explainers ({names}) were compared on {max(row['lesions'] for row in rows):.0f} lesions by deletion and insertion "
-            f"{prose.cite('petsiuk2018', 'rong2022')}, infidelity and sensitivity {prose.cite('yeh2019')}, "
-            f"faithfulness correlation "
-            f"{prose.cite('bhatt2020')} and randomisation of parameters {prose.cite('adebayo2018')}, as far as the table has them."
+            f"Explainers ({names}) were compared on {max(row['lesions'] for row in rows):.0f} lesions by "
+            + ", ".join(
+                f"{said_as}{' ' + prose.cite(*keys) if keys else ''}"
+                for start, said_as, keys in _MEASURED
+                if any(row["measure"].startswith(start) for row in rows)
+            )
+            + "."
         )
     return said
 

@@ -1,5 +1,7 @@
 """The report of a finished run: one page for all, one per subject, and the figures in files of their own."""
 
+import os
+import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -7,7 +9,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from xaiseg.analysis.run_tables import MapKind
+from xaiseg.analysis.run_tables import MapKind, Run, read_run
 from xaiseg.cohort.output import Files
 from xaiseg.errors import InputError
 from xaiseg.imaging import Case
@@ -56,28 +58,37 @@ def report(
         InputError: the run is unfinished or cannot be read, has no such method, or, with the viewer, none of its scans can be read;
             the folder cannot be written.
     """
+    _method(read_run(out), method)  # before an analysis, which takes long
     material = read_material(out, say)
-    shown = _method(material, method)
+    shown = _method(material.run, method)
     scans, why_not = _open(material, source, viewer)
     pages = _Pages(material, scans, shown, viewer, why_not, gallery)
-    files = Files(material.run.root)
+    root = material.run.root
+    staged = Files(root / f".report-{os.getpid()}")  # a report that fails leaves the earlier one as it was
     names = []
-    for subject, cases in tqdm(pages.subjects.items(), desc="report", unit="subject", disable=None):
-        names.append(pages.names[subject])
-        files.text(files.root / names[-1], pages.page(subject, cases))
-    if scans and not pages.read:
-        raise InputError(f"{pages.flaws[0]}; no scan could be read: give the run's input as --source, or --no-viewer")
-    figures = Files(material.run.root / "report")
-    before = set(figures.root.glob("*"))
-    content = _report_page(material, pages, figures, names)
-    _write_tables(material, pages, figures)
-    for path in before - _written(figures.root, content):
-        if path.suffix in (".svg", ".png"):
-            path.unlink()
-    files.text(files.root / "report.html", content)
-    for stale in set(files.root.glob("sub-*.html")) - {files.root / name for name in names}:
-        stale.unlink()
-    written = [files.root / name for name in ("report.html", *names)]
+    try:
+        for subject, cases in tqdm(pages.subjects.items(), desc="report", unit="subject", disable=None):
+            names.append(pages.names[subject])
+            staged.text(staged.root / names[-1], pages.page(subject, cases))
+        if scans and not pages.read and (viewer or source is not None):
+            raise InputError(
+                f"{pages.flaws[0]}; no scan could be read: give the run's input as --source, or --no-viewer"
+            )
+        figures = Files(root / "report")
+        before = set(figures.root.glob("*"))
+        content = _report_page(material, pages, figures, names)
+        _write_tables(material, pages, figures)
+        for path in before - _written(figures.root, content):
+            if path.suffix in (".svg", ".png"):
+                path.unlink()
+        staged.text(staged.root / "report.html", content)
+        for stale in _earlier(root) - {root / name for name in names}:
+            stale.unlink()
+        written = [root / name for name in ("report.html", *names)]
+        for path in written:
+            os.replace(staged.root / path.name, path)
+    finally:
+        shutil.rmtree(staged.root, ignore_errors=True)
     sizes = [path.stat().st_size for path in written]
     say(
         f"{written[0]}: {_size(sizes[0])}, {len(material.run)} lesions, {min(gallery, len(material.run))} of them in the gallery"
@@ -266,13 +277,20 @@ def _open(material: Material, source: str | Path | None, viewer: bool) -> tuple[
         return None, f"No pictures, for the scans cannot be read: {error}."
 
 
-def _method(material: Material, key: str | None) -> MapKind:
-    known = {method.key: method for method in material.methods}
+def _earlier(root: Path) -> set[Path]:
+    """The pages of subjects that an earlier report left, and nobody else's."""
+    made = []
+    for path in root.glob("sub-*.html"):
+        with path.open(encoding="utf-8", errors="replace") as file:
+            made += [path] if '<meta name="generator" content="xaiseg' in file.read(2000) else []
+    return set(made)
+
+
+def _method(run: Run, key: str | None) -> MapKind:
+    known = {method.key: method for method in run.methods}
     if key is not None and key not in known:
-        raise InputError(
-            f"{material.run.root}: has no method {key}; its methods are {', '.join(known)}: name one of them"
-        )
-    return known[key] if key is not None else material.methods[0]
+        raise InputError(f"{run.root}: has no method {key}; its methods are {', '.join(known)}: name one of them")
+    return known[key] if key is not None else run.methods[0]
 
 
 def _layers(method: MapKind, channels: Sequence[str], with_scan: bool) -> list[Layer]:
@@ -283,11 +301,13 @@ def _layers(method: MapKind, channels: Sequence[str], with_scan: bool) -> list[L
 
 
 def _subjects(material: Material) -> dict[str, list[str]]:
-    """The cases of each subject, in the order of the table of cases."""
+    """The cases of each subject, in the order of the table of cases, but for those of which nothing could be read."""
     lesions = material.run.lesions
     subject_of = dict(zip(lesions["case"].tolist(), lesions["subject"].tolist(), strict=True))
     found: dict[str, list[str]] = {}
     for row in material.run.cases:
+        if row["status"] == "failed" and row["case"] not in subject_of:
+            continue
         subject = subject_of.get(row["case"]) or Case(row["case"], {}).subject
         found.setdefault(str(subject), []).append(row["case"])
     return found

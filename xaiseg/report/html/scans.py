@@ -1,7 +1,6 @@
 """The scans and maps of a run, turned to right, anterior, superior, as pictures and the viewer show them."""
 
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from xaiseg.analysis.run_tables import MapKind, Run
 from xaiseg.cohort.stages import INSTANCES
 from xaiseg.cohort.work import load_scan
 from xaiseg.errors import InputError
-from xaiseg.imaging import Case, read_input
+from xaiseg.imaging import Case, read_cohort
 from xaiseg.report.lesion import grey_window
 
 
@@ -53,7 +52,7 @@ class Scans:
     def __init__(self, run: Run, source: str | Path | None = None) -> None:
         self.run, self.spec = run, run_spec(run)
         self.given = Path(source) if source is not None else run_input(run)
-        self.cases: dict[str, Case] = {case.name: case for case in read_input(self.given, self.spec.channels)}
+        self.cases: dict[str, Case] = {case.name: case for case in read_cohort(self.given, self.spec.channels).cases}
 
     def volume(self, place: int) -> Volume:
         """The scan of a lesion, by its place in the run's table. Raises InputError where it, or its label map, cannot be read."""
@@ -96,13 +95,6 @@ def read_map(path: Path, volume: Volume) -> Crop:
         raise InputError(f"{path}: values are not finite; expected finite ones: explain this lesion again")
     x, y, z = start.astype(int).tolist()
     return Crop(apply_orientation(values, turn), (x, y, z))
-
-
-def by_case(run: Run) -> Iterator[tuple[str, list[int]]]:
-    """Each case that has lesions in the table, with their places."""
-    cases = run.lesions["case"]
-    for name in dict.fromkeys(cases.tolist()):
-        yield name, np.flatnonzero(cases == name).tolist()
 
 
 def lesion_voxels(volume: Volume) -> dict[int, np.ndarray]:

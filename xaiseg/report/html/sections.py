@@ -33,8 +33,8 @@ def summary(material: Material) -> Section:
     groups = material.lesions["group"]
     counts = "".join(f"<small>{page.group(g)} {cell(int((groups == g).sum()))}</small>" for g in present(groups))
     numbers = [
-        ("scans", cell(len(run.cases)), f"{len(run.cases) - len(done)} failed" if len(done) < len(run.cases) else ""),
-        ("patients", cell(len({row["patient"] for row in run.cases})), ""),
+        ("scans", cell(len(done)), f"and {len(run.cases) - len(done)} failed" if len(done) < len(run.cases) else ""),
+        ("patients", cell(len({row["patient"] for row in done})), ""),
         ("explained lesions", cell(len(groups)), counts),
     ]
     for key, title in (("ndsc", "nDSC"), ("dice", "Dice")):
@@ -165,6 +165,7 @@ def modality(material: Material, files: Files) -> Section:
                 "median, 95 % interval over patients",
                 reference=0.5,
                 limits=(0, 1),
+                groups=[r["group"] for r in shares],
             )
             drawn.append((draw.save(fig, files, stem), stem, f"Share of {a} in the sum of absolute values, by group"))
         body += _legend(lesions["group"]) + page.charts(drawn)

@@ -87,7 +87,7 @@ def subject_page(
             )
         else:
             body += note("No explained lesion.")
-        sections.append(Section(slug(case.name), case.name, body))
+        sections.append(Section(f"case-{slug(case.name)}", case.name, body))
     lead = (
         f"{len(cases)} scan{'s' * (len(cases) != 1)}, {count} explained lesion{'s' * (count != 1)}. "
         '<a href="report.html">To the report of all subjects</a>'
