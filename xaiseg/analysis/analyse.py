@@ -11,7 +11,7 @@ import numpy as np
 from xaiseg.analysis import errors, groups, modality, profiles
 from xaiseg.analysis.clustered import has_mixed_models
 from xaiseg.analysis.radiomics import SOURCES, Radiomics, check_mirp, map_radiomics, scan_radiomics
-from xaiseg.analysis.run_tables import GROUPS, MapKind, Run, check_alike, pooled, present, read_run
+from xaiseg.analysis.run_tables import GROUPS, MapKind, Run, check_alike, check_figures, pooled, present, read_run
 from xaiseg.analysis.saved_maps import saved_maps
 from xaiseg.cohort.output import Files
 from xaiseg.cohort.tables import versions
@@ -75,6 +75,8 @@ def analyse(
     started = time.time()
     notes: list[str] = []
     runs = _runs(read_run(out, patients), missed, normal, patients, notes)
+    for run in runs:
+        check_figures(run)
     main, lesions = runs[0], pooled(runs)
     tables: dict[str, list[dict[str, Any]]] = {
         "groups": groups.describe_groups(lesions, main.methods),

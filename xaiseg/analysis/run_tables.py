@@ -105,14 +105,17 @@ def read_run(out: str | Path, patients: Mapping[str, str] | None = None) -> Run:
     }
     lesions["patient"] = np.array([whose[row["case"]] for row in rows])
     methods = tuple(_kind(root, key) for key in identity["methods"])
-    needed = [
-        method.column(channel, measure) for method in methods for channel in method.channels for measure in MEASURES
-    ]
-    if missing := [name for name in needed if name not in lesions]:
-        raise InputError(
-            f"{root / 'lesions.tsv'}: no column {missing[0]}, expected those of {', '.join(identity['methods'])}: restore the table"
-        )
     return Run(root, lesions, [{**row, "patient": whose[row["case"]]} for row in cases], methods, identity)
+
+
+def check_figures(run: Run) -> None:
+    """Raises InputError unless the table of lesions has the figures of every map."""
+    for method in run.methods:
+        for name in (method.column(channel, measure) for channel in method.channels for measure in MEASURES):
+            if name not in run.lesions:
+                raise InputError(
+                    f"{run.root / 'lesions.tsv'}: no column {name}, which {method.key} has: restore the table"
+                )
 
 
 def check_alike(main: Run, other: Run) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from xaiseg.analysis.analyse import FOLDER, TABLES, analyse
-from xaiseg.analysis.run_tables import MapKind, Run, pooled, read_run
+from xaiseg.analysis.run_tables import MapKind, Run, check_figures, pooled, read_run
 from xaiseg.cohort.tables import FAILURES, LOG
 from xaiseg.errors import InputError
 from xaiseg.imaging.manifest import NONE
@@ -94,6 +94,7 @@ def read_material(out: str | Path, say: Callable[[str], Any] = print) -> Materia
     Raises InputError as `read_run` and `analyse`, and for a table or record of the analysis that cannot be read.
     """
     run = read_run(out)
+    check_figures(run)
     folder = run.root / FOLDER
     if not (folder / "analysis.json").is_file():
         say(f"{run.root}: is not analysed yet; doing so first, as `xaiseg analyse` would")
