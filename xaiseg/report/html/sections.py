@@ -91,8 +91,8 @@ def groups(material: Material, files: Files) -> Section:
         + ("Groups are against the reference masks.</p>" if _labelled(lesions) else "There are no reference masks.</p>")
     )
     if not _labelled(lesions):
-        body += page.missing(
-            "Without reference masks there are no groups to compare.", "xaiseg explain with a column `reference`"
+        body += page.note(
+            "Without reference masks there are no groups to compare. Explain the scans with a column reference in their manifest."
         )
     for method in material.methods:
         body += _method_heading(material, method, "groups")
@@ -240,12 +240,7 @@ def errors(material: Material, files: Files) -> Section:
     )
     if not rows:
         notes = [n for n in material.records["analysis"].get("notes", []) if "error detection" in n]
-        body += page.missing(
-            notes[0][0].upper() + notes[0][1:] + "." if notes else "Errors were not looked for.",
-            "pip install 'xaiseg[analysis]', then xaiseg analyse"
-            if notes and "scikit-learn" in notes[0]
-            else "xaiseg analyse of a run with references",
-        )
+        body += page.note(notes[0][0].upper() + notes[0][1:] + "." if notes else "Errors were not looked for.")
         return Section("errors", "Finding errors", body)
     shown = foremost(rows)
     names = [_named(r["model"], material.methods) for r in shown]
