@@ -276,19 +276,18 @@ def test_controls():
 def test_on_phantoms_with_the_example_model(tmp_path, capsys):
     """Six patients, so that there are verdicts: what explains passes, and each control fails tests that it must fail.
 
-    Deletion and insertion take minutes a lesion here; the tests above have them.
+    Measures of altered images take minutes a lesion here; the tests above have them.
     """
     manifest = write_phantoms(tmp_path / "scans", 6)
     options = ["--method", "gradient", "--aggregate", "mean", "--no-pictures", "--save-maps", "none"]
     assert main(["explain", str(manifest), str(tmp_path / "out"), "--model", "example", *options]) == 0
     names = [part for name in ("gradient", "random", "edges") for part in ("--explainer", name)]
-    measures = ["--measures", "infidelity,random_instance,randomisation", "--margin", "8", "--steps", "2"]
+    measures = ["--measures", "random_instance,randomisation", "--margin", "8", "--steps", "2"]
     assert main(["sanity", str(tmp_path / "out"), "--model", "example", "--lesions", "6", *names, *measures]) == 0
     rows = table(tmp_path / "out/analysis/sanity_summary.tsv")
     found = {(r["explainer"], r["measure"]): r["verdict"] for r in rows}
-    for measure in ("infidelity", "random_instance", "randomisation_signed"):
+    for measure in ("random_instance", "randomisation_signed"):
         assert found["gradient", measure] == "passes"
     assert found["random", "randomisation_signed"] == found["edges", "randomisation_signed"] == "fails"
     assert found["edges", "random_instance"] == "fails"
-    assert found["random", "infidelity"] != "passes"
     assert "the control random passes random_instance" in capsys.readouterr().out
