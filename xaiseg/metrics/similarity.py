@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 import numpy as np
+import scipy  # whose stats are loaded when they are asked for: `import xaiseg` needs none
 from scipy import ndimage
-from scipy.stats import entropy, rankdata
 
 from xaiseg._types import SaliencyMap
 
@@ -21,7 +21,7 @@ def spearman(a: np.ndarray, b: np.ndarray) -> float:
     """Spearman's ρ of two arrays of one shape, equal values sharing their mean rank; NaN where one is constant or not finite."""
     if a.size == 0 or not (np.isfinite(a).all() and np.isfinite(b).all()):
         return np.nan
-    return pearson(rankdata(a), rankdata(b))
+    return pearson(scipy.stats.rankdata(a), scipy.stats.rankdata(b))
 
 
 def ssim(
@@ -49,7 +49,7 @@ def histogram_entropy(values: np.ndarray, bins: int = 100) -> float:
     """The entropy in nats of the histogram of an array, `bins` between its smallest and largest value: how complex a map is."""
     if not np.isfinite(values).all():
         return np.nan
-    return float(entropy(np.histogram(values, bins)[0]))
+    return float(scipy.stats.entropy(np.histogram(values, bins)[0]))
 
 
 def instance_similarity(a: SaliencyMap, b: SaliencyMap) -> float:
