@@ -10,6 +10,7 @@ import numpy as np
 
 from xaiseg.analysis import errors, groups, modality, profiles
 from xaiseg.analysis.clustered import has_mixed_models
+from xaiseg.analysis.experiment import FOLDER
 from xaiseg.analysis.radiomics import SOURCES, Radiomics, check_mirp, map_radiomics, scan_radiomics
 from xaiseg.analysis.run_tables import GROUPS, MapKind, Run, check_alike, check_figures, pooled, present, read_run
 from xaiseg.analysis.saved_maps import saved_maps
@@ -19,7 +20,6 @@ from xaiseg.errors import InputError
 from xaiseg.imaging.manifest import NONE
 from xaiseg.report.groups import error_figure, group_figure, profile_figure
 
-FOLDER = "analysis"
 TABLES = {
     "groups": groups.GROUP_COLUMNS,
     "comparisons": groups.COMPARISON_COLUMNS,

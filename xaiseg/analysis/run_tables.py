@@ -73,7 +73,7 @@ def read_run(out: str | Path, patients: Mapping[str, str] | None = None) -> Run:
     explained.
     """
     root = Path(out)
-    identity = _json(root / SETTINGS).get("identity", {})
+    identity = read_json(root / SETTINGS).get("identity", {})
     if identity.get("command") != "explain":
         raise InputError(
             f"{root / SETTINGS}: of a run of {identity.get('command', 'nothing')!r}, expected 'explain': "
@@ -147,7 +147,7 @@ def present(groups: np.ndarray) -> list[str]:
 
 def _kind(root: Path, key: str) -> MapKind:
     path = root / f"desc-{key}_saliency.json"
-    sidecar = _json(path)
+    sidecar = read_json(path)
     try:
         return MapKind(key, sidecar["Method"], sidecar["Units"], tuple(sidecar["Channels"]))
     except KeyError as error:
@@ -163,7 +163,8 @@ def _numbers(root: Path, rows: Sequence[Mapping[str, str]], name: str) -> np.nda
         ) from None
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, expected: str = "the output folder of `xaiseg explain`: check the path") -> dict[str, Any]:
+    """A JSON object. Raises InputError; `expected`: what, and what to do."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
@@ -171,9 +172,7 @@ def _json(path: Path) -> dict[str, Any]:
         return content
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise InputError(
-            f"{path}: cannot be read ({reason}); expected the output folder of `xaiseg explain`: check the path"
-        ) from error
+        raise InputError(f"{path}: cannot be read ({reason}); expected {expected}") from error
 
 
 def _table(path: Path, needed: Sequence[str]) -> list[dict[str, str]]:

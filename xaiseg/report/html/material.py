@@ -1,7 +1,6 @@
 """What a report draws on: the run, its analysis, and the experiments on it that are there."""
 
 import csv
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from xaiseg.analysis.analyse import FOLDER, TABLES, analyse
-from xaiseg.analysis.run_tables import MapKind, Run, check_figures, pooled, read_run
+from xaiseg.analysis.analyse import TABLES, analyse
+from xaiseg.analysis.experiment import FOLDER
+from xaiseg.analysis.run_tables import MapKind, Run, check_figures, pooled, read_json, read_run
 from xaiseg.cohort.tables import FAILURES, LOG
 from xaiseg.errors import InputError
 from xaiseg.imaging.manifest import NONE
@@ -178,12 +178,5 @@ def _without_folders(line: str, run: Run, record: Mapping[str, Any]) -> str:
     return line
 
 
-def _json(path: Path) -> Any:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError(f"a {type(content).__name__}, not an object")
-        return content
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{path}: cannot be read ({reason}); expected JSON: give its command again") from error
+def _json(path: Path) -> dict[str, Any]:
+    return read_json(path, "JSON: give its command again")
